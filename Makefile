@@ -1,0 +1,44 @@
+# Where a machine without an NVIDIA GPU gets its CPU build of torch:
+#   auto   what pip is already configured to find, if that is a CPU build, else PyTorch's own CPU index
+#   URL    that package index
+TORCH_INDEX ?= auto
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-out
+
+.PHONY: help demo test lint types bench gpu-check wheel clean
+
+help:
+	@echo "make demo       encode 200,000 tokens of real text with the embedded model and SAE, write a page"
+	@echo "make test       the whole test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      time the operators beside their peers on this machine"
+	@echo "make gpu-check  GPU tests and all benchmarks, on a machine with an NVIDIA GPU"
+
+# One environment per set of extras would install torch twice; the stamp of `test` covers `demo`.
+demo:
+	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra demo --torch-index $(TORCH_INDEX)
+	@$(BIN)/python -m qscope demo --out $(DEMO_OUT)
+
+test:
+	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra test --torch-index $(TORCH_INDEX)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint:
+	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra dev --torch-index $(TORCH_INDEX)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench:
+	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra test --torch-index $(TORCH_INDEX)
+	@for f in bench/bench_*.py; do PYTHONPATH=.:kernels $(BIN)/python $$f || exit 1; done
+
+# Runs uninstalled on a machine without network: the system python3 must have torch and triton.
+gpu-check:
+	@PYTHONPATH=.:kernels $(PYTHON) scripts/gpu_check.py
+
+wheel:
+	@$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -1,0 +1,35 @@
+"""qscope: sparse-autoencoder kernels and workflows for language models.
+
+Names are resolved on first use, so that `import qscope` costs milliseconds and touches no network.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qscope._version import __version__
+
+if TYPE_CHECKING:
+    from qscope import ops as ops
+    from qscope.model import capture as capture
+    from qscope.sae import SAE as SAE
+    from qscope.store import FeatureStore as FeatureStore
+
+_HOME = {
+    "SAE": "qscope.sae",
+    "FeatureStore": "qscope.store",
+    "capture": "qscope.model",
+}
+
+__all__ = ["SAE", "FeatureStore", "__version__", "capture", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("qscope.ops")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'qscope' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__
