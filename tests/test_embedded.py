@@ -113,19 +113,6 @@ def write_gguf(model, path: Path, kind=F32) -> dict[str, np.ndarray]:
     return kept
 
 
-@pytest.mark.parametrize("kind", [F32, Q8_0, Q4_1], ids=lambda kind: kind.name)
-def test_reader_gives_the_bits_of_the_gguf_package(llama, tmp_path, kind):
-    expected = write_gguf(llama, tmp_path / "tiny.gguf", kind)
-    meta, tensors = embedded.read_gguf(tmp_path / "tiny.gguf")
-    got = dict(tensors)
-    assert got.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert got[name].dtype == np.float32 and np.array_equal(got[name], weight), name
-    assert (
-        meta["tokenizer.ggml.tokens"] == TOKENS and meta["llama.attention.layer_norm_rms_epsilon"] == 2.0**-10
-    )
-
-
 def test_converted_model_is_the_model(llama, tmp_path):
     """F32 GGUF in, bfloat16 folder out: the original with every weight rounded to bfloat16, to the bit."""
     from qscope.model import load_model
@@ -150,14 +137,11 @@ def test_converted_model_is_the_model(llama, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
 
 
-def test_reader_refuses_other_files(llama, tmp_path):
+def test_reader_refuses_other_files(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGML" + bytes(40))
-    with pytest.raises(InputError, match="not a GGUF file of version 3"):
+    with pytest.raises(InputError, match="not a GGUF file that can be read"):
         embedded.read_gguf(path)
-    write_gguf(llama, path, gguf.GGMLQuantizationType.Q4_0)
-    with pytest.raises(InputError, match="has type 2"):
-        dict(embedded.read_gguf(path)[1])
 
 
 # --- the cached folder -----------------------------------------------------------------------------------
