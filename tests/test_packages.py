@@ -206,16 +206,6 @@ def test_cache_that_cannot_be_written(npm, tmp_path, monkeypatch):
         packages.fetch(TARBALL)
 
 
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("QSCOPE_CACHE_DIR", "~/q")
-    assert packages.cache_dir() == Path.home() / "q"
-    monkeypatch.delenv("QSCOPE_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert packages.cache_dir() == tmp_path / "qscope"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert packages.cache_dir() == Path.home() / ".cache" / "qscope"
-
-
 @pytest.mark.parametrize(
     "package", [packages.SMOLLM2, packages.BENCHMARKS, packages.GUTENBERG, packages.COMMENTS]
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope._version import __version__
+from qscope.paths import cache_dir
 
 OPERATORS = ("topk_encode", "topk_select", "sparse_decode", "sparse_dot", "sparse_outer")
 _CPU_FLAGS = (
@@ -241,9 +242,7 @@ def _extras() -> list[Finding]:
 
 
 def _cache() -> list[Finding]:
-    from qscope import packages
-
-    folder = packages.cache_dir()
+    folder = cache_dir()
     if not folder.is_dir():
         return [Finding("cache", f"{folder}, empty", True)]
     files = total = 0
@@ -295,7 +294,7 @@ def _compiled() -> bool:
 
     if native.mode() == "off" or native.compiler() is None:
         return True
-    return native._intact(native.cache_dir() / f"cpu-{native._key()}.so")
+    return native.cached()
 
 
 def _backends() -> list[Backend]:

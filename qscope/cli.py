@@ -1,0 +1,148 @@
+"""The `qscope` command: one subcommand per workflow, its options derived from the workflow's config dataclass."""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qscope._version import __version__
+from qscope.errors import QscopeError
+
+
+class Command(NamedTuple):
+    help: str
+    config: str
+    """`module:ConfigClass`; the module's `run(config)` does the work."""
+    render: str
+    """`module:function` that turns the result into what a person reads, and writes the page if one was asked for."""
+    page: str | None = None
+    """`module:function` that only writes the page, for --json."""
+
+
+COMMANDS = {
+    "encode": Command(
+        "text to SAE features, kept in a feature store",
+        "qscope.workflows.encode:EncodeConfig",
+        "qscope.report.encode_text:render",
+    ),
+    "inspect": Command(
+        "features of a store: most frequent, strongest contexts, one text; terminal and HTML page",
+        "qscope.workflows.inspect:InspectConfig",
+        "qscope.report.inspect_text:render",
+        page="qscope.report.inspect_page:finish",
+    ),
+    "store": Command(
+        "export or verify a feature store (store export codes --to parquet; store verify codes)",
+        "qscope.workflows.store:StoreConfig",
+        "qscope.report.store_text:render",
+    ),
+    "demo": Command(
+        "encode 200,000 tokens of real text with the embedded model and SAE, write a page",
+        "qscope.workflows.demo:DemoConfig",
+        "qscope.report.demo_text:render",
+        page="qscope.report.demo_text:finish",
+    ),
+    "doctor": Command(
+        "what was found on this machine, and which backend each operator uses",
+        "qscope.workflows.doctor:DoctorConfig",
+        "qscope.report.doctor_text:render",
+    ),
+}
+
+USAGE = f"""qscope {__version__}: hidden states of a language model to sparse features, features to tools
+
+usage: qscope COMMAND [options]     (qscope COMMAND --help lists them)
+
+{{commands}}
+
+Every command takes --json: the result as one JSON object on standard output, progress on standard error.
+Exit status: 0 complete success, 1 a fault of qscope, 2 something to mend (one paragraph says what), 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script and of `python -m qscope`."""
+    sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run one command and return the exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(USAGE.format(commands="\n".join(f"  {n:{width}}{c.help}" for n, c in COMMANDS.items())))
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"qscope {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        return _fail(f"There is no command {name!r}. The commands: {', '.join(COMMANDS)}.")
+    as_json = "--json" in rest
+    try:
+        return _run(name, [a for a in rest if a != "--json"], as_json)
+    except QscopeError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(
+            "\nqscope: interrupted; what was finished is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # `qscope inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(name: str, args: list[str], as_json: bool) -> int:
+    command = COMMANDS[name]
+    try:
+        import tyro
+    except ImportError as error:
+        raise QscopeError(
+            "The command line needs a few small packages: pip install 'qscope[cli]'."
+        ) from error
+    module_name, _, class_name = command.config.partition(":")
+    module = importlib.import_module(module_name)
+    config = tyro.cli(
+        getattr(module, class_name),
+        args=args,
+        prog=f"qscope {name}",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    result = module.run(config)
+    if as_json:
+        if command.page is not None:
+            _resolve(command.page)(result)
+        print(json.dumps(to_json(result), ensure_ascii=False))
+    else:
+        print(_resolve(command.render)(result))
+    return int(getattr(result, "exit_status", 0))
+
+
+def _resolve(reference: str) -> Callable[[Any], str]:
+    module, _, name = reference.partition(":")
+    function: Callable[[Any], str] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def to_json(value: Any) -> Any:
+    """Plain data of a result: dataclasses and named tuples by field name, paths as text."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {name: to_json(item) for name, item in zip(value._fields, value, strict=True)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _fail(message: str) -> int:
+    print(f"qscope: error: {message}", file=sys.stderr)
+    return 2

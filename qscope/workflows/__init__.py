@@ -1,0 +1,1 @@
+"""One file per workflow: a config dataclass and `run(config) -> result`."""

@@ -1,0 +1,304 @@
+"""Text to sparse features: tokens -> model -> residuals -> SAEs -> a feature store on disk."""
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qscope._version import __version__
+from qscope.data import (
+    ReadCounts,
+    TextOptions,
+    TextShard,
+    find_sources,
+    read_pieces,
+    text_shards,
+    tokenize,
+)
+from qscope.errors import InputError
+from qscope.store_format import ModelIdentity, SAEIdentity, ShardRecord, SourceFile, StoreSettings
+from qscope.store_format import TextOptions as StoredTextOptions
+from qscope.store_packing import shard_arrays
+from qscope.store_writer import StoreWriter
+from qscope.workflows.encoder import Encoder, load_encoder
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode text into SAE features. Killed and started again with the same options, it goes on where it was.
+
+    Example: qscope encode corpus.jsonl --out codes --max-tokens 1000000
+    """
+
+    text: tuple[str, ...]
+    """Files (.txt, .md, .jsonl, .jsonl.gz, .parquet), folders of them, or - for standard input."""
+    out: Path = Path("codes")
+    """Folder of the feature store; made, or continued if it was begun with the same options."""
+    model: str | None = None
+    """Hugging Face causal LM, name or folder. Default: the embedded SmolLM2-135M-Instruct."""
+    sae: tuple[str, ...] = ()
+    """SAE as Hub repository, folder or file: one name for all --layers, or one per layer. Default: the embedded."""
+    layers: tuple[int, ...] = ()
+    """Decoder blocks whose output is encoded, from 0. Default: the layer that the SAE was made for."""
+    k: int | None = None
+    """Active features per token, where neither the SAE's name nor its card says."""
+    field: str = "text"
+    """Field of JSON Lines or Parquet that holds the text."""
+    format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
+    """txt, jsonl or parquet, for input whose name does not tell."""
+    max_tokens: int | None = None
+    """Stop after this many tokens."""
+    context_size: int = 512
+    """Tokens that the model sees at once; a longer document is cut into windows of this size."""
+    bos: bool = False
+    """Put the tokenizer's BOS token before every window; its own features are not stored."""
+    precision: Literal["exact", "bf16"] = "exact"
+    """exact: top-k of the float32 pre-activations; bf16: of a bfloat16 product, faster where that is native."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the model: bfloat16, float16, float32, or auto (bfloat16 where the device computes in it)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 and so on, or auto."""
+    batch_tokens: int = 4096
+    """Tokens per forward pass, padding included."""
+    shard_bytes: int = 1 << 18
+    """Bytes of text per shard of the store: a killed run loses at most one shard's work."""
+    strict: bool = False
+    """Refuse invalid UTF-8, unusable rows and NaN activations instead of counting them."""
+    allow_mismatch: bool = False
+    """Encode although the SAE was made for another model or layer; the store records both."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_size", "batch_tokens", "shard_bytes", "max_tokens", "k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What a run did: `run_*`, `seconds` (per stage) and `tokens_per_second` of this run, the rest of the store."""
+
+    store: str
+    tokens: int
+    documents: int
+    shards: int
+    counts: dict[str, int]
+    layers: dict[str, dict[str, float]]
+    resumed_shards: int
+    run_tokens: int
+    run_seconds: float
+    tokens_per_second: float
+    seconds: dict[str, float]
+
+
+class Clock:
+    """Seconds spent per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def run(config: EncodeConfig) -> EncodeResult:
+    """Encode `config.text` into `config.out`. Raises QscopeError for everything that a user can mend."""
+    options = TextOptions(config.format, config.field, config.strict)
+    sources = find_sources(config.text, options)
+    counts = ReadCounts()
+    shards = text_shards(read_pieces(sources, options, counts), config.shard_bytes)
+    first = next(shards, None)
+    if first is None:
+        raise InputError(
+            f"{', '.join(config.text)} holds no text: {counts.documents} documents, {counts.empty} of them empty, "
+            f"{counts.skipped} unusable. Give text that is not empty; for another field than {config.field!r}, --field."
+        )
+    clock = Clock()
+    with clock("load"):
+        encoder = load_encoder(config)
+    job = Job(config, encoder, clock, counts)
+    settings = store_settings(config, encoder, sources)
+    with StoreWriter.open(config.out, settings) as job.writer:
+        job.settings_key = settings.settings_key()
+        job.writer.save_tokenizer(encoder.tokenizer)
+        start = time.perf_counter()
+        with progress(config, sources) as bar:
+            job.encode_all(itertools.chain([first], shards), bar)
+        job.writer.complete(job.totals())
+        return job.result(time.perf_counter() - start)
+
+
+def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) -> StoreSettings:
+    """Everything that the stored features depend on, besides the text itself (which each shard's key covers)."""
+    return StoreSettings(
+        qscope_version=__version__,
+        model=ModelIdentity(name=encoder.model_name, sha256=encoder.model_sha256),
+        tokenizer_sha256=encoder.tokenizer_sha256,
+        saes=[
+            SAEIdentity(
+                layer=layer, sha256=sae.weight_hash(), d_sae=sae.d_sae, k=sae.k, source=sae.card.source
+            )
+            for layer, sae in sorted(encoder.saes.items())
+        ],
+        dtype=encoder.dtype,
+        precision=config.precision,
+        context_size=config.context_size,
+        bos=config.bos,
+        batch_tokens=config.batch_tokens,
+        max_tokens=config.max_tokens,
+        shard_bytes=config.shard_bytes,
+        text=StoredTextOptions(field=config.field, format=config.format, strict=config.strict),
+        sources=[SourceFile(name=path.name) for path in sources],
+    )
+
+
+class Job:
+    """One run over one store: what is finished is checked and skipped, the rest is encoded."""
+
+    writer: StoreWriter
+    settings_key: str
+
+    def __init__(self, config: EncodeConfig, encoder: Encoder, clock: Clock, counts: ReadCounts) -> None:
+        self.config, self.encoder, self.clock, self.counts = config, encoder, clock, counts
+        self.run_tokens = self.resumed = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(record.tokens for record in self.writer.finished)
+
+    def encode_all(self, shards: Iterator[TextShard], bar: Any) -> None:
+        index = -1
+        for shard in shards:
+            index = shard.index
+            key = self.shard_key(shard)
+            done = self.writer.finished[index] if index < len(self.writer.finished) else None
+            if done is not None and done.key != key:
+                print(
+                    f"qscope: the text of shard {index} changed; encoding again from there", file=sys.stderr
+                )
+                self.writer.truncate_from(index)
+                done = None
+            if done is None:
+                done = self.encode_shard(shard, key, bar)
+            else:
+                self.resumed += 1
+                bar.update(done.tokens)
+            if self.config.max_tokens is not None and self.tokens >= self.config.max_tokens:
+                break
+            bar.expect(shard)
+        if index + 1 < len(self.writer.finished):
+            self.writer.truncate_from(index + 1)
+
+    def shard_key(self, shard: TextShard) -> str:
+        """sha256 over the settings, the shard's text, and what came before it that matters."""
+        before = self.writer.finished[: shard.index]
+        parts = [self.settings_key, shard.key(), shard.index, self.carry(before)]
+        if self.config.max_tokens is not None:
+            parts.append(sum(record.tokens for record in before))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @staticmethod
+    def carry(finished: list[ShardRecord]) -> tuple[int, int]:
+        """(document, tokens of it already stored) where the next shard begins: a long document may span shards."""
+        document, position = finished[-1].meta["carry"] if finished else (0, 0)
+        return int(document), int(position)
+
+    def encode_shard(self, shard: TextShard, key: str, bar: Any) -> ShardRecord:
+        before = self.carry(self.writer.finished)
+        left = None if self.config.max_tokens is None else self.config.max_tokens - self.tokens
+        with self.clock("tokenize"):
+            windows = tokenize(self.encoder.tokenizer, shard.pieces, self.config.context_size, before, left)
+        layers = self.encoder.encode(windows, self.clock, bar)
+        count = len(windows.token)
+        carry = (int(windows.document[-1]), int(windows.position[-1]) + 1) if count else before
+        meta = {
+            "carry": carry,
+            "fit": {str(n): [found.squared_error, found.squared_deviation] for n, found in layers.items()},
+        }
+        with self.clock("write"):
+            packed = {layer: found.packed for layer, found in layers.items()}
+            arrays = shard_arrays(windows.document, windows.position, windows.token, packed)
+            record = self.writer.add(shard.index, key, arrays, meta)
+        self.run_tokens += count
+        return record
+
+    def totals(self) -> dict[str, Any]:
+        finished = self.writer.finished
+        return {"tokens": self.tokens, "shards": len(finished), "rows": self.counts.as_dict()}
+
+    def result(self, seconds: float) -> EncodeResult:
+        finished = self.writer.finished
+        return EncodeResult(
+            store=str(self.config.out),
+            tokens=self.tokens,
+            documents=self.counts.documents,
+            shards=len(finished),
+            counts=self.counts.as_dict(),
+            layers={str(layer): summarise(finished, layer) for layer in sorted(self.encoder.saes)},
+            resumed_shards=self.resumed,
+            run_tokens=self.run_tokens,
+            run_seconds=round(seconds, 3),
+            tokens_per_second=round(self.run_tokens / seconds, 1),
+            seconds={stage: round(value, 3) for stage, value in self.clock.seconds.items()},
+        )
+
+
+def summarise(finished: list[ShardRecord], layer: int) -> dict[str, float]:
+    """Sums over shards of one layer; `fvu` = squared error over variance on each shard's sample of tokens."""
+    records = [record.layers[layer] for record in finished]
+    error, variance = (sum(record.meta["fit"][str(layer)][i] for record in finished) for i in (0, 1))
+    return {
+        "nnz": sum(record.nnz for record in records),
+        "nan_rows": sum(record.nan_rows for record in records),
+        "extreme_rows": sum(record.extreme_rows for record in records),
+        "fvu": error / variance if variance else float("nan"),
+    }
+
+
+# --- progress --------------------------------------------------------------------------------------------
+
+
+class Bar:
+    """Tokens done, tokens per second and, where the amount of text is known, the time that is left."""
+
+    def __init__(self, bar: Any, total_bytes: int | None) -> None:
+        self.bar, self.total_bytes, self.bytes = bar, total_bytes, 0
+
+    def update(self, tokens: int) -> None:
+        self.bar.update(tokens)
+
+    def expect(self, shard: TextShard) -> None:
+        """After a shard: the rest of the text is taken to hold as many tokens per byte as what was read."""
+        if self.total_bytes is None:
+            return
+        self.bytes += sum(len(piece.text.encode()) for piece in shard.pieces)
+        self.bar.total = max(self.bar.n, round(self.bar.n * self.total_bytes / max(1, self.bytes)))
+
+
+@contextmanager
+def progress(config: EncodeConfig, sources: list[Path]) -> Iterator[Bar]:
+    from tqdm import tqdm
+
+    plain = all(path.suffix in (".txt", ".md", ".jsonl") for path in sources)
+    size = sum(path.stat().st_size for path in sources) if plain and config.max_tokens is None else None
+    bar = tqdm(
+        total=config.max_tokens,
+        unit="tok",
+        unit_scale=True,
+        desc="encode",
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
+    with bar:
+        yield Bar(bar, size)

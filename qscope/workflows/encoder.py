@@ -1,0 +1,225 @@
+"""A model and the SAEs of some of its layers, ready to turn token windows into features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qscope import embedded
+from qscope.data import Windows, batches
+from qscope.errors import InputError, ModelError
+from qscope.model import load_model, model_hash, num_layers, residual_width, residuals, tokenizer_hash
+from qscope.sae import SAE
+from qscope.store_packing import EXTREME_FACTOR, NAN_ROW, pack_layer
+
+if TYPE_CHECKING:
+    from qscope.workflows.encode import EncodeConfig
+
+FIT_TOKENS = 1024  # tokens of each shard on which the reconstruction error is measured
+
+
+class LayerFeatures(NamedTuple):
+    """Features of one layer for one shard, packed for the store, and how well they reconstruct a sample of it."""
+
+    packed: dict[str, np.ndarray]
+    squared_error: float
+    squared_deviation: float
+    """From the sample's mean: `squared_error` over this is the FVU."""
+
+
+@dataclass
+class Encoder:
+    """What `load_encoder` returns."""
+
+    model: Any
+    tokenizer: Any
+    saes: dict[int, SAE]
+    model_name: str
+    model_sha256: str
+    tokenizer_sha256: str
+    dtype: str
+    precision: str
+    batch_tokens: int
+    strict: bool
+    bos: int | None
+    """Token put before every window, or None."""
+
+    def encode(self, windows: Windows, clock: Any, bar: Any) -> dict[int, LayerFeatures]:
+        """Features of every token of `windows` at every layer, in the windows' order."""
+        buffers = {layer: LayerBuffer(len(windows.token), sae) for layer, sae in self.saes.items()}
+        for rows in batches(windows.starts, self.batch_tokens):
+            ids, real, places = self.pad(windows, rows)
+            with clock("model"):
+                residual = residuals(self.model, ids, sorted(self.saes))
+            with clock("encode"):
+                for layer, buffer in buffers.items():
+                    hidden = residual[layer][:, 1:] if self.bos is not None else residual[layer]
+                    buffer.put(places, hidden[real], self.precision)
+            bar.update(len(places))
+        features = {layer: buffer.finish() for layer, buffer in buffers.items()}
+        if self.strict:
+            self.refuse_nan(features, windows)
+        return features
+
+    def pad(self, windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Right-padded ids [B, S], which of them are real [B, S], and the places of those in `windows`.
+
+        The model is causal, so what stands to the right of a token cannot change it, and no attention mask is needed.
+        """
+        starts, ends = windows.starts[rows], windows.starts[rows + 1]
+        size = int((ends - starts).max())
+        offsets = np.arange(size)
+        real = offsets[None, :] < (ends - starts)[:, None]
+        places = (starts[:, None] + offsets[None, :])[real]
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = windows.token[places]
+        if self.bos is not None:
+            ids = np.concatenate([np.full((len(rows), 1), self.bos), ids], axis=1)
+        device = next(self.model.parameters()).device
+        return torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device), places
+
+    def refuse_nan(self, features: dict[int, LayerFeatures], windows: Windows) -> None:
+        for layer, found in features.items():
+            bad = np.flatnonzero(found.packed["flags"] & NAN_ROW)
+            if len(bad):
+                raise InputError(
+                    f"The residual of layer {layer} is NaN or infinite at {len(bad)} tokens, first in document "
+                    f"{windows.document[bad[0]]} at position {windows.position[bad[0]]}, and --strict was given. Try "
+                    "--dtype float32, or leave --strict out to flag and count such tokens."
+                )
+
+
+class LayerBuffer:
+    """Features of one layer for one shard, filled batch by batch."""
+
+    def __init__(self, count: int, sae: SAE) -> None:
+        self.sae = sae
+        self.top_acts = np.zeros((count, sae.k), np.float32)
+        self.top_indices = np.zeros((count, sae.k), np.int32)
+        self.norms = np.zeros(count, np.float32)
+        self.fit: tuple[float, float] | None = None
+
+    def put(self, places: np.ndarray, x: torch.Tensor, precision: str) -> None:
+        """x: residuals [n, D] of the tokens at `places`."""
+        acts, indices = self.sae.encode_topk(x, precision=precision)
+        self.top_acts[places] = acts.float().cpu().numpy()
+        self.top_indices[places] = indices.cpu().numpy()
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        self.norms[places] = norms.cpu().numpy()
+        if self.fit is None:
+            self.fit = self.measure(x, norms, acts, indices)
+
+    def measure(
+        self, x: torch.Tensor, norms: torch.Tensor, acts: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[float, float]:
+        """(squared error, squared deviation from the mean) on a sample of the shard's longest windows.
+
+        Attention sinks are left out: their variance is thousands of times that of all other tokens.
+        """
+        usable = torch.isfinite(norms) & (norms <= EXTREME_FACTOR * norms.nanmedian())
+        sample = usable.nonzero().flatten()
+        sample = sample[:: max(1, len(sample) // FIT_TOKENS)][:FIT_TOKENS]
+        x = x[sample].float()
+        error = (self.sae.decode(acts[sample], indices[sample]).float() - x).double().square().sum()
+        deviation = (x - x.mean(0)).double().square().sum()
+        return float(error), float(deviation)
+
+    def finish(self) -> LayerFeatures:
+        packed = pack_layer(self.top_acts, self.top_indices, self.sae.d_sae, self.norms)
+        return LayerFeatures(packed, *(self.fit or (0.0, 0.0)))
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def load_encoder(config: "EncodeConfig") -> Encoder:
+    """The model and SAEs that `config` names, checked against each other."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    saes = load_saes(config, device)
+    path = config.model or str(embedded.default_model_path())
+    model, tokenizer = load_model(path, device=device, dtype=config.dtype)
+    sha256 = model_hash(path)
+    name = config.model or embedded.DEFAULT_MODEL_NAME
+    for layer, sae in saes.items():
+        check_fit(name, sha256, model, layer, sae, config.allow_mismatch)
+    if config.bos and tokenizer.bos_token_id is None:
+        raise InputError(f"--bos was given, and the tokenizer of {name} has no BOS token. Leave --bos out.")
+    return Encoder(
+        model=model,
+        tokenizer=tokenizer,
+        saes=saes,
+        model_name=name,
+        model_sha256=sha256,
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        precision=config.precision,
+        batch_tokens=config.batch_tokens,
+        strict=config.strict,
+        bos=tokenizer.bos_token_id if config.bos else None,
+    )
+
+
+def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
+    """Layer -> SAE. One name serves all layers (a release); several names are one per layer."""
+    names = config.sae
+    if not names:
+        if config.model is not None:
+            raise InputError(
+                f"--model {config.model} was given without --sae. Name an SAE that was trained on this model: a Hub "
+                'repository such as "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", a folder or a file.'
+            )
+        names = (str(embedded.DEFAULT_SAE),)
+    layers: tuple[int | None, ...] = config.layers or (None,) * len(names)
+    if len(names) == 1:
+        names = names * len(layers)
+    if len(names) != len(layers):
+        raise InputError(
+            f"{len(names)} SAEs were given for {len(layers)} layers. Accepted: one --sae for all layers, or one per "
+            "layer."
+        )
+    saes: dict[int, SAE] = {}
+    for name, wanted in zip(names, layers, strict=True):
+        # A release needs the layer to find the file; where every layer has its own SAE, `check_fit` compares.
+        own_card = config.allow_mismatch and (Path(name) / "sae.json").exists()
+        chosen = None if len(config.sae) > 1 or own_card else wanted
+        sae = SAE.from_pretrained(name, layer=chosen, k=config.k, device=device)
+        layer = wanted if wanted is not None else sae.card.layer
+        if layer is None:
+            raise InputError(
+                f"The SAE {name} does not say which layer it was made for. Say it with --layers."
+            )
+        if layer in saes:
+            raise InputError(f"Layer {layer} was asked for twice. Name every layer once.")
+        saes[layer] = sae
+    return saes
+
+
+def check_fit(name: str, sha256: str, model: Any, layer: int, sae: SAE, allow_mismatch: bool) -> None:
+    """Refuse an SAE that cannot fit (width, layer), and one made for another model or layer unless allowed."""
+    width, blocks = residual_width(model), num_layers(model)
+    if sae.d_in != width:
+        raise ModelError(
+            f"The SAE reads residuals of width {sae.d_in}, and {name} has width {width}. Take an SAE that was trained "
+            f"on this model{f' (this one: on {sae.card.model})' if sae.card.model else ''}."
+        )
+    if not 0 <= layer < blocks:
+        raise ModelError(f"Layer {layer} was asked for, and {name} has the layers 0 to {blocks - 1}.")
+    problems = []
+    if sae.card.layer is not None and sae.card.layer != layer:
+        problems.append(f"it was made for layer {sae.card.layer}, not {layer}")
+    trained_on = sae.card.training.get("model_sha256")
+    if trained_on is not None and trained_on != sha256:
+        problems.append(
+            f"it was trained on other weights than {name}'s (sha256 {trained_on[:12]}, not {sha256[:12]})"
+        )
+    elif trained_on is None and sae.card.model and not Path(name).exists() and sae.card.model != name:
+        problems.append(f"it was made for {sae.card.model}, not {name}")
+    if problems and not allow_mismatch:
+        raise ModelError(
+            f"The SAE for layer {layer} does not belong here: {'; '.join(problems)}. Take the matching one, or say "
+            "--allow-mismatch to encode all the same (the store records both)."
+        )

