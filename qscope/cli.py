@@ -101,9 +101,7 @@ def _run(name: str, args: list[str], as_json: bool) -> int:
     try:
         import tyro
     except ImportError as error:
-        raise QscopeError(
-            "The command line needs a few small packages: pip install 'qscope[cli]'."
-        ) from error
+        raise QscopeError("The command line needs a few small packages: pip install 'qscope[cli]'.") from error
     module_name, _, class_name = command.config.partition(":")
     module = importlib.import_module(module_name)
     config = tyro.cli(

@@ -74,9 +74,7 @@ def find_sources(inputs: Sequence[str | Path], options: TextOptions) -> list[Pat
         elif entry.is_dir():
             inside = sorted(p for p in entry.rglob("*") if p.is_file() and _format_of(p, options) is not None)
             if not inside:
-                raise InputError(
-                    f"The folder {entry} holds no text that qscope reads. Accepted: {_ACCEPTED}."
-                )
+                raise InputError(f"The folder {entry} holds no text that qscope reads. Accepted: {_ACCEPTED}.")
             sources += inside
         elif not entry.exists():
             raise InputError(f"There is no file or folder {entry}. Accepted: {_ACCEPTED}.")
@@ -108,9 +106,7 @@ def _check_readable(path: Path) -> None:
         with path.open("rb"):
             pass
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}. Mend its permissions or leave it out."
-        ) from error
+        raise InputError(f"{path} cannot be read: {error.strerror}. Mend its permissions or leave it out.") from error
 
 
 # --- documents -------------------------------------------------------------------------------------------
@@ -125,9 +121,7 @@ def read_pieces(sources: Sequence[Path], options: TextOptions, counts: ReadCount
         try:
             yield from readers[form](path, options, counts)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"{path} cannot be read to its end: {error}. Mend the file or leave it out."
-            ) from error
+            raise InputError(f"{path} cannot be read to its end: {error}. Mend the file or leave it out.") from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -168,9 +162,7 @@ def _read_jsonl(path: Path, options: TextOptions, counts: ReadCounts) -> Iterato
             if not raw.strip():
                 continue
             where = f"{path}, line {number}"
-            line = _mend(raw.decode("utf-8", "surrogateescape"), where, options, counts).removeprefix(
-                "\ufeff"
-            )
+            line = _mend(raw.decode("utf-8", "surrogateescape"), where, options, counts).removeprefix("\ufeff")
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -201,9 +193,7 @@ def _read_parquet(path: Path, options: TextOptions, counts: ReadCounts) -> Itera
                     row += 1
                     yield from _row(text, f"{path}, row {row}", options, counts)
     except pa.ArrowException as error:
-        raise InputError(
-            f"{path} is not a readable Parquet file: {error}. Mend the file or leave it out."
-        ) from error
+        raise InputError(f"{path} is not a readable Parquet file: {error}. Mend the file or leave it out.") from error
 
 
 def _check_field(path: Path, row: Any, options: TextOptions) -> None:
@@ -232,9 +222,7 @@ def _row(text: Any, where: str, options: TextOptions, counts: ReadCounts) -> Ite
 
 def _skip(reason: str, options: TextOptions, counts: ReadCounts) -> None:
     if options.strict:
-        raise InputError(
-            f"{reason}, and --strict was given. Mend the row, or leave --strict out to skip and count it."
-        )
+        raise InputError(f"{reason}, and --strict was given. Mend the row, or leave --strict out to skip and count it.")
     counts.documents += 1
     counts.skipped += 1
 

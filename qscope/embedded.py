@@ -272,10 +272,7 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
     roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-    named = {
-        role: meta["tokenizer.ggml.tokens"][meta[f"tokenizer.ggml.{key}_token_id"]]
-        for role, key in roles.items()
-    }
+    named = {role: meta["tokenizer.ggml.tokens"][meta[f"tokenizer.ggml.{key}_token_id"]] for role, key in roles.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": meta["llama.context_length"],

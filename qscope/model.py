@@ -179,9 +179,7 @@ def residuals(
             "with at least one token are expected."
         )
     if attention_mask is not None and bool((attention_mask.long().diff(dim=1) > 0).any()):
-        raise InputError(
-            "The attention mask has padding left of a token; pad on the right (padding_side='right')."
-        )
+        raise InputError("The attention mask has padding left of a token; pad on the right (padding_side='right').")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     low, high = (int(x) for x in torch.aminmax(input_ids))
     # Checked here because an id out of range on a GPU ends the whole CUDA context.
@@ -296,9 +294,7 @@ def _check_name(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(
-                f"The folder {name} holds no config.json, so it is no Hugging Face model folder."
-            )
+            raise ModelError(f"The folder {name} holds no config.json, so it is no Hugging Face model folder.")
         if not any(path.glob("*.safetensors")):
             raise ModelError(
                 f"The model folder {name} holds no *.safetensors file, and qscope reads no pickled weights "
@@ -315,9 +311,7 @@ def _check_name(name: str) -> bool:
 
 def _load_error(name: str, local: bool, offline: bool, error: BaseException) -> ModelError:
     if local:
-        advice = (
-            "The folder is damaged, incomplete or of a kind this transformers cannot load; save it again."
-        )
+        advice = "The folder is damaged, incomplete or of a kind this transformers cannot load; save it again."
     elif offline:
         advice = (
             "The Hugging Face Hub cannot be reached from here (or HF_HUB_OFFLINE is set), and the local "

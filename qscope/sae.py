@@ -57,9 +57,7 @@ class SAE(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.detach().contiguous()))
         self.d_sae, self.d_in = W_enc.shape
         self.k = check_k(k, self.d_sae, "SAE", InputError)
-        self.card = replace(
-            card or SAECard(), k=k, d_in=self.d_in, d_sae=self.d_sae, dtype=dtype_name(W_enc.dtype)
-        )
+        self.card = replace(card or SAECard(), k=k, d_in=self.d_in, d_sae=self.d_sae, dtype=dtype_name(W_enc.dtype))
 
     @classmethod
     def from_pretrained(
@@ -152,14 +150,10 @@ class SAE(nn.Module):
                 "must be equal."
             )
         if top_indices.dtype not in (torch.int32, torch.int64):
-            raise InputError(
-                f"top_indices has dtype {dtype_name(top_indices.dtype)}; accepted are int32 and int64."
-            )
+            raise InputError(f"top_indices has dtype {dtype_name(top_indices.dtype)}; accepted are int32 and int64.")
         slots = acts.shape[-1]
         values = self._rows(acts, slots, "top_acts")
-        x_hat = ops.sparse_decode(
-            values, self._rows(top_indices, slots, "top_indices"), self.W_dec, self.b_dec
-        )
+        x_hat = ops.sparse_decode(values, self._rows(top_indices, slots, "top_indices"), self.W_dec, self.b_dec)
         return x_hat.reshape(*acts.shape[:-1], self.d_in)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,17 +183,13 @@ class SAE(nn.Module):
         Raises CheckpointError for weights that cannot be saved, StorageError when the disk refuses.
         """
         card = replace(self.card, k=self.k, d_in=self.d_in, d_sae=self.d_sae, dtype=dtype_name(self.dtype))
-        return checkpoints.save(
-            Weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.k, card), path, format
-        )
+        return checkpoints.save(Weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.k, card), path, format)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
     W_enc = tensors["W_enc"]
     if W_enc.dim() != 2 or 0 in W_enc.shape:
-        raise InputError(
-            f"W_enc has the shape {list(W_enc.shape)}; expected [d_sae, d_in], one row per feature."
-        )
+        raise InputError(f"W_enc has the shape {list(W_enc.shape)}; expected [d_sae, d_in], one row per feature.")
     features, width = W_enc.shape
     for name, shape in (("W_dec", (features, width)), ("b_enc", (features,)), ("b_dec", (width,))):
         if tuple(tensors[name].shape) != shape:
@@ -211,8 +201,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
     devices = {str(tensor.device) for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise InputError(
-            f"the tensors have dtypes {', '.join(sorted(dtypes))}; expected a single one of "
-            f"{', '.join(DTYPES)}."
+            f"the tensors have dtypes {', '.join(sorted(dtypes))}; expected a single one of {', '.join(DTYPES)}."
         )
     if len(devices) > 1:
         raise InputError(f"the tensors are on {', '.join(sorted(devices))}; expected one device.")

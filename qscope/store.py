@@ -118,9 +118,7 @@ class Shard:
 
         advice = "Restore the file, or run the encode command again."
         if self.path.is_symlink():
-            raise StoreError(
-                f"{self.path} is a symbolic link; a store holds plain files. Copy the file itself there."
-            )
+            raise StoreError(f"{self.path} is a symbolic link; a store holds plain files. Copy the file itself there.")
         try:
             size = self.path.stat().st_size
             if size != self.record.bytes:
@@ -141,9 +139,7 @@ class Shard:
             part = self._file.get_slice(name)
             whole = tuple(part.get_shape())
             if whole != (len(self), *shape):
-                raise StoreError(
-                    f"{self.path}: {name} has shape {list(whole)}, expected {[len(self), *shape]}."
-                )
+                raise StoreError(f"{self.path}: {name} has shape {list(whole)}, expected {[len(self), *shape]}.")
             if start == stop:
                 return np.empty((0, *shape), dtypes[0])
             array: npt.NDArray[Any] = part[start:stop]
@@ -215,9 +211,7 @@ class FeatureStore:
     @property
     def num_documents(self) -> int:
         """Documents are numbered 0 to num_documents - 1; some may have no tokens."""
-        return 1 + max(
-            (record.last_doc for record in self.records if record.last_doc is not None), default=-1
-        )
+        return 1 + max((record.last_doc for record in self.records if record.last_doc is not None), default=-1)
 
     def d_sae(self, layer: int) -> int:
         return self.settings.sae(layer).d_sae
@@ -245,11 +239,7 @@ class FeatureStore:
             )
         parts = []
         for record in self.records:
-            if (
-                record.first_doc is None
-                or record.last_doc is None
-                or not record.first_doc <= index <= record.last_doc
-            ):
+            if record.first_doc is None or record.last_doc is None or not record.first_doc <= index <= record.last_doc:
                 continue
             shard = self._cached(record)
             start, stop = (int(i) for i in np.searchsorted(shard.doc, [index, index + 1]))
@@ -418,9 +408,7 @@ class FeatureStore:
         size = self.d_sae(layer)
         wrong = [feature for feature in features if not 0 <= feature < size]
         if wrong:
-            raise InputError(
-                f"feature {wrong[0]} does not exist: layer {layer} has features 0 to {size - 1}."
-            )
+            raise InputError(f"feature {wrong[0]} does not exist: layer {layer} has features 0 to {size - 1}.")
 
     def _entries(
         self, layer: int, exclude_flagged: bool

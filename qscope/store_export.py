@@ -31,9 +31,7 @@ def export(store: FeatureStore, path: str | os.PathLike[str], to: str = "parquet
     if to != "parquet":
         raise InputError(f"A feature store cannot be exported to {to!r}; accepted: parquet.")
     if not store.complete:
-        raise StoreError(
-            f"{store.path} is incomplete; run its encode command again until it ends, then export."
-        )
+        raise StoreError(f"{store.path} is incomplete; run its encode command again until it ends, then export.")
     _require_pyarrow()
     folder = Path(path)
     marker = {"format": "qscope-parquet", "version": EXPORT_VERSION, "settings_key": store.settings_key}
@@ -88,9 +86,7 @@ def _claim(folder: Path, marker: bytes) -> None:
                 " Give a new or empty folder."
             )
         if (folder / MARKER).read_bytes() != marker:
-            raise StoreError(
-                f"{folder} holds the export of another feature store. Give a new or empty folder."
-            )
+            raise StoreError(f"{folder} holds the export of another feature store. Give a new or empty folder.")
 
 
 def _schema(store: FeatureStore, shard: Shard) -> Any:

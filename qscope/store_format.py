@@ -131,9 +131,7 @@ class StoreSettings(_Frozen):
         for sae in self.saes:
             if sae.layer == layer:
                 return sae
-        raise StoreError(
-            f"layer {layer} is not in this store; it holds layers {', '.join(map(str, self.layers))}."
-        )
+        raise StoreError(f"layer {layer} is not in this store; it holds layers {', '.join(map(str, self.layers))}.")
 
     def settings_key(self) -> str:
         """sha256 hex of the settings as canonical JSON."""
@@ -190,9 +188,7 @@ class ShardRecord(_Frozen):
     @model_validator(mode="after")
     def _safe_name(self) -> "ShardRecord":
         if self.file != shard_name(self.index):
-            raise ValueError(
-                f"shard {self.index} is called {self.file!r}; only {shard_name(self.index)!r} is allowed"
-            )
+            raise ValueError(f"shard {self.index} is called {self.file!r}; only {shard_name(self.index)!r} is allowed")
         return self
 
     def line(self) -> builtins.bytes:
@@ -237,8 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise StoreError(
-            f"{folder} is not a feature store: it has no {MANIFEST}. Give the folder that `qscope encode`"
-            " wrote."
+            f"{folder} is not a feature store: it has no {MANIFEST}. Give the folder that `qscope encode` wrote."
         ) from error
     except OSError as error:
         raise StoreError(
@@ -247,13 +242,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise StoreError(
-            f"{path} is not JSON ({error}). Restore the file, or encode into a new folder."
-        ) from error
+        raise StoreError(f"{path} is not JSON ({error}). Restore the file, or encode into a new folder.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise StoreError(
-            f"{path} does not describe a feature store (no format {FORMAT!r}). Give another folder."
-        )
+        raise StoreError(f"{path} does not describe a feature store (no format {FORMAT!r}). Give another folder.")
     settings = raw.get("settings")
     version = settings.get("store_version") if isinstance(settings, dict) else None
     if isinstance(version, int) and version > STORE_VERSION:

@@ -24,9 +24,7 @@ class BestHits(NamedTuple):
 
     @classmethod
     def empty(cls) -> "BestHits":
-        return cls(
-            np.empty(0, np.int32), np.empty(0, np.uint32), np.empty(0, np.uint32), np.empty(0, np.float32)
-        )
+        return cls(np.empty(0, np.int32), np.empty(0, np.uint32), np.empty(0, np.uint32), np.empty(0, np.float32))
 
     def taken(self, which: npt.NDArray[Any]) -> "BestHits":
         return BestHits(self.slot[which], self.doc[which], self.position[which], self.value[which])

@@ -79,9 +79,7 @@ def pack_layer(
     if bits:
         high = (indices >> np.uint32(16)).astype(np.uint16)
         planes = (high[:, :, None] >> np.arange(bits, dtype=np.uint16)) & np.uint16(1)
-        packed["indices_high"] = np.packbits(
-            planes.astype(np.uint8).reshape(n, k * bits), axis=1, bitorder="little"
-        )
+        packed["indices_high"] = np.packbits(planes.astype(np.uint8).reshape(n, k * bits), axis=1, bitorder="little")
     return packed
 
 
@@ -104,9 +102,7 @@ def _sort_rows(
     keys[padding] = 0
     indices = (keys >> np.uint64(32)).astype(np.uint32)
     if ((indices[:, 1:] == indices[:, :-1]) & ~padding[:, 1:]).any():
-        raise StoreError(
-            "A store was given the same feature twice in one token; top_indices must be distinct per row."
-        )
+        raise StoreError("A store was given the same feature twice in one token; top_indices must be distinct per row.")
     return keys.astype(np.uint32).view(np.float32), indices
 
 
@@ -137,9 +133,7 @@ def unpack_layer(tensors: Mapping[str, npt.NDArray[Any]], d_sae: int) -> LayerCo
         for bit in range(bits):
             indices |= planes[:, :, bit].astype(np.int32) << (16 + bit)
     if indices.size and int(indices.max()) >= d_sae:
-        raise StoreError(
-            f"the store holds feature id {int(indices.max())}, but its dictionary has {d_sae} features."
-        )
+        raise StoreError(f"the store holds feature id {int(indices.max())}, but its dictionary has {d_sae} features.")
     return LayerCodes(tensors["values"].astype(np.float32), indices, tensors["flags"])
 
 
@@ -167,6 +161,4 @@ def shard_arrays(
     """
     columns = zip(COLUMNS, (doc, position, token), strict=True)
     arrays = {name: np.asarray(array).astype(np.uint32) for name, array in columns}
-    return arrays | {
-        f"{layer}.{name}": array for layer, packed in layers.items() for name, array in packed.items()
-    }
+    return arrays | {f"{layer}.{name}": array for layer, packed in layers.items() for name, array in packed.items()}

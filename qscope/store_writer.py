@@ -57,9 +57,7 @@ def storage_error(error: OSError, path: Path, needed: int | None = None) -> Stor
         except OSError:
             free = "free space unknown"
         size = f"{needed:,} bytes were needed, " if needed is not None else ""
-        return StorageError(
-            f"{path} could not be written: {_FULL[error.errno]} ({size}{free}). Make room.{resume}"
-        )
+        return StorageError(f"{path} could not be written: {_FULL[error.errno]} ({size}{free}). Make room.{resume}")
     if error.errno in _DENIED:
         return StorageError(
             f"{path} could not be written: {error.strerror}. Give a folder that this user may write to, or"
@@ -91,9 +89,7 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], needed: int) -> 
     temporary = path.with_name(f".tmp-{path.name}")
     digest = hashlib.sha256()
     try:
-        handle = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             for part in parts:
                 digest.update(part)
@@ -177,9 +173,7 @@ class StoreWriter:
         self._journal_bytes = 0
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], settings: StoreSettings, *, repair: bool = False
-    ) -> "StoreWriter":
+    def open(cls, path: str | os.PathLike[str], settings: StoreSettings, *, repair: bool = False) -> "StoreWriter":
         """Takes the folder for writing: new, empty, or a store with the same settings, which is resumed.
 
         repair: encode a finished shard that is missing or has another size again, with all after it; without
@@ -285,9 +279,7 @@ class StoreWriter:
         given = dict(totals or {})
         for name, count in counted.items():
             if given.setdefault(name, count) != count:
-                raise StoreError(
-                    f"{self.path}: totals claim {given[name]} {name}, but the shards hold {count}."
-                )
+                raise StoreError(f"{self.path}: totals claim {given[name]} {name}, but the shards hold {count}.")
         self._set_manifest(self._manifest.model_copy(update={"complete": True, "totals": given}))
 
     def save_tokenizer(self, tokenizer: Any) -> None:
@@ -326,9 +318,7 @@ class StoreWriter:
 
     def _check_open(self) -> None:
         if not self._lock.is_locked:
-            raise StoreError(
-                f"{self.path} is closed: open the store again with StoreWriter.open to write to it."
-            )
+            raise StoreError(f"{self.path} is closed: open the store again with StoreWriter.open to write to it.")
 
     def _adopt(self, repair: bool) -> None:
         """Brings the folder to the state that the journal describes."""
@@ -408,9 +398,7 @@ class StoreWriter:
 def _claim(folder: Path) -> None:
     """Makes the folder and proves, before any computing, that it is ours and can be written to."""
     if folder.exists() and not folder.is_dir():
-        raise StorageError(
-            f"{folder} is a file; a feature store is a folder. Give the path of a new or empty folder."
-        )
+        raise StorageError(f"{folder} is a file; a feature store is a folder. Give the path of a new or empty folder.")
     try:
         if not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)

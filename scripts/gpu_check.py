@@ -139,15 +139,11 @@ def check(name: str, command: list[str], about: dict[str, Any], out: Path) -> bo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--tests-only", action="store_true", help="run the tests marked gpu, no benchmarks")
     only.add_argument("--bench-only", action="store_true", help="run the benchmarks, no tests")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result files"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result files")
     args = parser.parse_args()
     reason = absent_gpu()
     if reason is not None:
@@ -157,9 +153,7 @@ def main() -> int:
     about = machine()
     steps: list[tuple[str, list[str]]] = []
     if not args.bench_only:
-        steps.append(
-            ("gpu_tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"])
-        )
+        steps.append(("gpu_tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]))
     if not args.tests_only:
         scripts = sorted((ROOT / "bench").glob("bench_*.py"))
         steps += [(path.stem, [sys.executable, str(path.relative_to(ROOT))]) for path in scripts]

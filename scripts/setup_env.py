@@ -52,9 +52,7 @@ def configured_torch(python: Path) -> str:
 
 def install(python: Path, extra: str, torch_index: str) -> None:
     def pip(*args: object) -> None:
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", *map(str, args)], check=True, cwd=ROOT
-        )
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *map(str, args)], check=True, cwd=ROOT)
 
     constraint: tuple[object, ...] = ()
     if not has_nvidia_gpu():
@@ -70,9 +68,7 @@ def install(python: Path, extra: str, torch_index: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--extra", choices=sorted(COVERS), required=True)
     parser.add_argument("--torch-index", default="auto")

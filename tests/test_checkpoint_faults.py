@@ -23,14 +23,10 @@ F, D, K = 10, 6, 3
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-def make(
-    dtype: torch.dtype = torch.float32, features: int = F, width: int = D, seed: int = 0, k: int = K
-) -> SAE:
+def make(dtype: torch.dtype = torch.float32, features: int = F, width: int = D, seed: int = 0, k: int = K) -> SAE:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((features, width), (features, width), (features,), (width,))
-    card = SAECard(
-        model="tiny/model", layer=2, source="made", context_size=64, training={"lr": 1e-3, "steps": [1, 2]}
-    )
+    card = SAECard(model="tiny/model", layer=2, source="made", context_size=64, training={"lr": 1e-3, "steps": [1, 2]})
     return SAE(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes), k=k, card=card)
 
 
@@ -128,9 +124,7 @@ def test_pickle_with_code_is_never_run(tmp_path, how):
     else:
         protocol = {"bare pickle": 2, "protocol 4": 4, "protocol 0": 0}[how]
         path.write_bytes(pickle.dumps(gadget, protocol=protocol))
-    with pytest.raises(
-        UnsafeCheckpointError, match=rf"layer0\.sae\.pt was not opened.*{os.mkdir.__module__}\.mkdir"
-    ):
+    with pytest.raises(UnsafeCheckpointError, match=rf"layer0\.sae\.pt was not opened.*{os.mkdir.__module__}\.mkdir"):
         SAE.from_pretrained(path, k=K)
     assert not marker.exists()
     pickle.loads(pickle.dumps(gadget))

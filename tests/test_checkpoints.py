@@ -24,14 +24,10 @@ F, D, K = 10, 6, 3
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-def make(
-    dtype: torch.dtype = torch.float32, features: int = F, width: int = D, seed: int = 0, k: int = K
-) -> SAE:
+def make(dtype: torch.dtype = torch.float32, features: int = F, width: int = D, seed: int = 0, k: int = K) -> SAE:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((features, width), (features, width), (features,), (width,))
-    card = SAECard(
-        model="tiny/model", layer=2, source="made", context_size=64, training={"lr": 1e-3, "steps": [1, 2]}
-    )
+    card = SAECard(model="tiny/model", layer=2, source="made", context_size=64, training={"lr": 1e-3, "steps": [1, 2]})
     return SAE(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes), k=k, card=card)
 
 
@@ -40,18 +36,14 @@ def qwen_file(tmp_path) -> Path:
     return make().save(tmp_path / "layer2.sae.pt", format="qwen_scope")
 
 
-@pytest.mark.parametrize(
-    "where", ["qscope", "qscope/sae.safetensors", "qwen_scope", "qwen_scope/layer2.sae.pt"]
-)
+@pytest.mark.parametrize("where", ["qscope", "qscope/sae.safetensors", "qwen_scope", "qwen_scope/layer2.sae.pt"])
 def test_golden_reconstruction_is_exact(where):
     # The golden values are multiples of 1/8, so that float32 has no rounding and equality is the right test.
     expected = json.loads((GOLDEN / "expected.json").read_text())
     sae = SAE.from_pretrained(GOLDEN / where, layer=2, k=2)
     top = sae.encode_topk(torch.tensor(expected["x"]))
     assert top.top_acts.tolist() == expected["top_acts"]
-    assert [
-        ids for ids, acts in zip(top.top_indices.tolist(), expected["top_acts"], strict=True) if min(acts) > 0
-    ] == [
+    assert [ids for ids, acts in zip(top.top_indices.tolist(), expected["top_acts"], strict=True) if min(acts) > 0] == [
         ids for ids, acts in zip(expected["top_indices"], expected["top_acts"], strict=True) if min(acts) > 0
     ]
     assert sae(torch.tensor(expected["x"])).tolist() == expected["x_hat"]
@@ -90,11 +82,7 @@ def test_equal_saes_give_equal_files(tmp_path):
 def test_file_holds_what_the_format_says(tmp_path):
     sae = make()
     state = torch.load(sae.save(tmp_path, format="qwen_scope"), weights_only=True)
-    assert (
-        list(state) == list(NAMES)
-        and torch.equal(state["W_dec"], sae.W_dec.T)
-        and state["W_dec"].is_contiguous()
-    )
+    assert list(state) == list(NAMES) and torch.equal(state["W_dec"], sae.W_dec.T) and state["W_dec"].is_contiguous()
     tensors = load_file(sae.save(tmp_path) / "sae.safetensors")
     assert torch.equal(tensors["W_dec"], sae.W_dec) and sorted(tensors) == sorted(NAMES)
 
@@ -103,13 +91,9 @@ def test_tied_and_sliced_weights_are_saved_whole(tmp_path):
     big = torch.randn(1000, D)
     sae = SAE(big[:F], big[:F], torch.zeros(1000)[:F], torch.zeros(D), K, SAECard(layer=0))
     for format in checkpoints.FORMATS:
-        folder = sae.save(
-            tmp_path / format / "layer0.sae.pt" if format == "qwen_scope" else tmp_path / format, format
-        )
+        folder = sae.save(tmp_path / format / "layer0.sae.pt" if format == "qwen_scope" else tmp_path / format, format)
         assert SAE.from_pretrained(folder, k=K).weight_hash() == sae.weight_hash()
-    assert (tmp_path / "qwen_scope" / "layer0.sae.pt").stat().st_size < 4000, (
-        "a slice must not bring its storage along"
-    )
+    assert (tmp_path / "qwen_scope" / "layer0.sae.pt").stat().st_size < 4000, "a slice must not bring its storage along"
 
 
 # Names: k, layer, model
@@ -148,9 +132,7 @@ def test_name_that_promises_another_width(tmp_path):
     released_like(tmp_path).rename(tmp_path / "SAE-Res-Tiny-W2K-L0_5")
     with pytest.raises(CheckpointError, match=r"have d_sae=1024, but the name or card promises d_sae=2048"):
         SAE.from_pretrained(tmp_path / "SAE-Res-Tiny-W2K-L0_5", layer=0)
-    with pytest.raises(
-        CheckpointError, match=r"promises k=5 and d_sae=2048, but this SAE has k=3 and d_sae=10"
-    ):
+    with pytest.raises(CheckpointError, match=r"promises k=5 and d_sae=2048, but this SAE has k=3 and d_sae=10"):
         make().save(tmp_path / "SAE-Res-Tiny-W2K-L0_5", format="qwen_scope")
 
 
@@ -188,9 +170,7 @@ def test_one_folder_per_layer_and_a_layer_for_a_card_without(tmp_path):
 def test_lone_safetensors_file_needs_k(tmp_path):
     path = make().save(tmp_path / "sae") / "sae.safetensors"
     path.rename(tmp_path / "lone.safetensors")
-    assert (
-        SAE.from_pretrained(tmp_path / "lone.safetensors", k=K, layer=4).weight_hash() == make().weight_hash()
-    )
+    assert SAE.from_pretrained(tmp_path / "lone.safetensors", k=K, layer=4).weight_hash() == make().weight_hash()
     with pytest.raises(CheckpointError, match=r"Give k"):
         SAE.from_pretrained(tmp_path / "lone.safetensors")
 
@@ -244,15 +224,11 @@ def hub(monkeypatch, tmp_path):
     return calls
 
 
-@pytest.mark.parametrize(
-    "name", ["Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"]
-)
+@pytest.mark.parametrize("name", ["Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"])
 def test_hub_name_of_a_released_group(hub, tmp_path, monkeypatch, name):
     group = registry.find(name)
     small = group._replace(d_model=D)
-    monkeypatch.setattr(
-        registry, "GROUPS", tuple(small if item is group else item for item in registry.GROUPS)
-    )
+    monkeypatch.setattr(registry, "GROUPS", tuple(small if item is group else item for item in registry.GROUPS))
     sae = make(features=32768, width=D, k=50)
     sae.card.layer = 20
     sae.save(tmp_path / "files", format="qwen_scope")
@@ -261,9 +237,7 @@ def test_hub_name_of_a_released_group(hub, tmp_path, monkeypatch, name):
     assert loaded.weight_hash() == sae.weight_hash()
     assert loaded.card.model == "Qwen/Qwen3-1.7B-Base" and loaded.card.hook_point == "model.layers.20"
     assert loaded.card.source == "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer20.sae.pt"
-    monkeypatch.setattr(
-        registry, "GROUPS", tuple(group if item is small else item for item in registry.GROUPS)
-    )
+    monkeypatch.setattr(registry, "GROUPS", tuple(group if item is small else item for item in registry.GROUPS))
     with pytest.raises(CheckpointError, match=r"have d_in=6, but the name or card promises d_in=2048"):
         SAE.from_pretrained(name, layer=20)
 
@@ -324,9 +298,7 @@ def test_hub_errors_are_one_paragraph(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(
-        CheckpointError, match=r"layer3\.sae\.pt of Qwen/.* could not be fetched .*offline"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"layer3\.sae\.pt of Qwen/.* could not be fetched .*offline") as caught:
         SAE.from_pretrained("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50", layer=3)
     assert "\n" not in str(caught.value) and "long advice" not in str(caught.value)
 

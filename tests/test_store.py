@@ -83,16 +83,12 @@ def make_store(path, d_sae=D_SAE, k=K, docs=DOCS, finish=True):
                 packed[layer] = pack_layer(acts, ids, size, norms)
                 finite = np.isfinite(acts).all(axis=1)
                 rows = np.zeros((n, size), np.float32)
-                np.put_along_axis(
-                    rows, ids.astype(np.int64), np.where((acts > 0) & finite[:, None], acts, 0), 1
-                )
+                np.put_along_axis(rows, ids.astype(np.int64), np.where((acts > 0) & finite[:, None], acts, 0), 1)
                 dense[layer].append(rows)
                 flags[layer].append(np.where(finite, 0, NAN_ROW) | np.where(norms == 100, EXTREME_ROW, 0))
             for name, value in (("doc", doc), ("position", position), ("token", token)):
                 getattr(columns, name).append(value)
-            writer.add(
-                index, f"key-{index}", shard_arrays(doc, position, token, packed), {"carry": [index, n]}
-            )
+            writer.add(index, f"key-{index}", shard_arrays(doc, position, token, packed), {"carry": [index, n]})
         if finish:
             writer.complete({"rows": {"documents": 5}})
     join = np.concatenate
@@ -124,9 +120,7 @@ def test_packing_returns_every_positive_entry(seed, n, k, d_sae, scale):
     rng = np.random.default_rng(seed)
     acts, _ = random_codes(seed, n, k, 64)
     acts *= np.float32(scale)
-    ids = np.sort(rng.integers(0, d_sae - k + 1, (n, k))) + np.arange(
-        k
-    )  # distinct, and both ends are reached
+    ids = np.sort(rng.integers(0, d_sae - k + 1, (n, k))) + np.arange(k)  # distinct, and both ends are reached
     ids = rng.permuted(ids, axis=1).astype(np.int32)
     packed = pack_layer(acts, ids, d_sae)
     codes = unpack_layer(packed, d_sae)
@@ -142,9 +136,7 @@ def test_packing_returns_every_positive_entry(seed, n, k, d_sae, scale):
     for row in range(n):
         broken = not np.isfinite(acts[row]).all()
         stored = acts[row] if wide else acts[row].astype(np.float16).astype(np.float32)
-        expected = sorted(
-            (int(i), float(v)) for i, v in zip(ids[row], stored, strict=True) if v > 0 and not broken
-        )
+        expected = sorted((int(i), float(v)) for i, v in zip(ids[row], stored, strict=True) if v > 0 and not broken)
         expected += [(0, 0.0)] * (k - len(expected))
         assert list(zip(codes.indices[row].tolist(), codes.values[row].tolist(), strict=True)) == expected
         assert codes.flags[row] == (NAN_ROW if broken else 0)
@@ -179,9 +171,7 @@ def test_extreme_rows_are_those_above_ten_medians():
     norms[4] = 24.9
     flags = pack_layer(np.ones((8, 1)), np.zeros((8, 1), int), 4, norms)["flags"]
     assert flags.tolist() == [0, 0, 0, EXTREME_ROW, 0, NAN_ROW, NAN_ROW, 0]
-    assert pack_layer(np.ones((1, 1)), np.zeros((1, 1), int), 4, np.array([np.nan]))["values"].tolist() == [
-        [0.0]
-    ]
+    assert pack_layer(np.ones((1, 1)), np.zeros((1, 1), int), 4, np.array([np.nan]))["values"].tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize(
@@ -360,9 +350,7 @@ def write_golden(path):
 def test_the_golden_store_stays_readable():
     store = FeatureStore(GOLDEN)
     store.verify()
-    assert store.settings == settings_of(
-        k=2, max_tokens=6, batch_tokens=4096, text={"field": "body", "strict": True}
-    )
+    assert store.settings == settings_of(k=2, max_tokens=6, batch_tokens=4096, text={"field": "body", "strict": True})
     assert store.column("doc").tolist() == [0, 0, 1, 1, 1, 2]
     assert store.column("token").tolist() == [4, 5, 6, 7, 8, 9]
     assert store.document(1).positions.tolist() == [0, 1, 2]

@@ -38,9 +38,7 @@ def test_parquet_holds_the_numbers_of_the_store(exported):
         assert table[name].to_pylist() == store.column(name).tolist()
     for layer, value_type in ((0, "halffloat"), (3, "halffloat"), (7, "float")):
         assert str(table.schema.field(f"indices_{layer}").type).startswith("fixed_size_list<element: int32")
-        assert str(table.schema.field(f"values_{layer}").type).startswith(
-            f"fixed_size_list<element: {value_type} "
-        )
+        assert str(table.schema.field(f"values_{layer}").type).startswith(f"fixed_size_list<element: {value_type} ")
         codes = [shard.layer(layer) for shard in store]
         assert table[f"indices_{layer}"].to_pylist() == np.concatenate([c.indices for c in codes]).tolist()
         assert table[f"values_{layer}"].to_pylist() == np.concatenate([c.values for c in codes]).tolist()
@@ -91,9 +89,7 @@ def test_an_export_resumes(exported):
     export(FeatureStore(GOLDEN), exported)
     after = {file.name: (file.stat().st_ino, file.read_bytes()) for file in exported.glob("*.parquet")}
     assert not list(exported.glob(".tmp-*"))
-    assert {name: data for name, (_, data) in after.items()} == {
-        name: data for name, (_, data) in before.items()
-    }
+    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
     assert after["shard-00000.parquet"] == before["shard-00000.parquet"]
 
 
@@ -118,9 +114,7 @@ def test_other_folders_stores_and_formats_are_refused(exported, tmp_path):
         export(store, tmp_path / "other", to="csv")
     shutil.copytree(GOLDEN, tmp_path / "begun")
     manifest = json.loads((GOLDEN / "manifest.json").read_text())
-    (tmp_path / "begun" / "manifest.json").write_text(
-        json.dumps(manifest | {"complete": False, "totals": {}})
-    )
+    (tmp_path / "begun" / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "totals": {}}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         begun = FeatureStore(tmp_path / "begun")

@@ -14,9 +14,7 @@ import pytest
 from qscope.errors import StorageError, StoreError
 from qscope.store import FeatureStore, StoreWriter
 
-_spec = importlib.util.spec_from_file_location(
-    "store_kill_harness", Path(__file__).with_name("store_kill_harness.py")
-)
+_spec = importlib.util.spec_from_file_location("store_kill_harness", Path(__file__).with_name("store_kill_harness.py"))
 writers = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(writers)
 settings_of, arrays_of, encode, contents = (
@@ -122,9 +120,7 @@ def test_a_full_disk_at_any_write_of_a_shard(whole, tmp_path, monkeypatch, numbe
 # --- the journal -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "tail", ["cut 1", "cut 40", "cut line", "zeros", "zeros and newline", "half a line more"]
-)
+@pytest.mark.parametrize("tail", ["cut 1", "cut 40", "cut line", "zeros", "zeros and newline", "half a line more"])
 def test_a_torn_last_line_is_ignored_and_removed(whole, store, tail):
     journal = store / "shards.jsonl"
     data = journal.read_bytes()
@@ -179,9 +175,7 @@ def test_a_complete_store_that_lost_a_line_is_an_error(store):
 )
 def test_a_shard_cannot_have_another_name(store, name):
     journal = store / "shards.jsonl"
-    journal.write_bytes(
-        journal.read_bytes().replace(b'"shard-00000.safetensors"', json.dumps(name).encode(), 1)
-    )
+    journal.write_bytes(journal.read_bytes().replace(b'"shard-00000.safetensors"', json.dumps(name).encode(), 1))
     for use in (FeatureStore, encode):
         with pytest.raises(StoreError, match=r"only 'shard-00000\.safetensors' is allowed"):
             use(store)
@@ -230,9 +224,7 @@ def test_a_finished_shard_that_is_gone_is_named_or_repaired(whole, store, damage
         shard.write_bytes(data[:-1])
     if damage == "folder":
         shard.mkdir()
-    with pytest.raises(
-        StoreError, match=r"shard-00002\.safetensors was finished, but it .*repair=True"
-    ) as caught:
+    with pytest.raises(StoreError, match=r"shard-00002\.safetensors was finished, but it .*repair=True") as caught:
         encode(store)
     message(caught)
     if damage == "folder":

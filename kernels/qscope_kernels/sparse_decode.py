@@ -279,9 +279,7 @@ def _describe(**tensors: Tensor) -> str:
 
 def _check_gather(indices: Tensor, floats: dict[str, Tensor]) -> None:
     given = _describe(indices=indices, **floats)
-    _check(
-        indices.ndim == 2 and indices.dtype in _INTS, f"indices must be [N, K] int32 or int64; got {given}."
-    )
+    _check(indices.ndim == 2 and indices.dtype in _INTS, f"indices must be [N, K] int32 or int64; got {given}.")
     _check(
         all(t.dtype in _FLOATS for t in floats.values()),
         f"The Triton kernels take float32, bfloat16 or float16; got {given}. Cast the other tensors.",
@@ -310,9 +308,7 @@ def sparse_decode_fwd(
     _check_gather(top_indices, floats)
     given = _describe(top_indices=top_indices, **floats)
     _check(
-        top_acts.shape == top_indices.shape
-        and W_dec.ndim == 2
-        and (b_dec is None or b_dec.shape == W_dec.shape[1:]),
+        top_acts.shape == top_indices.shape and W_dec.ndim == 2 and (b_dec is None or b_dec.shape == W_dec.shape[1:]),
         f"sparse_decode_fwd takes top_acts and top_indices [N, K], W_dec [F, D], b_dec [D]; got {given}.",
     )
     top_acts, top_indices, W_dec = top_acts.contiguous(), top_indices.contiguous(), W_dec.contiguous()
@@ -344,11 +340,7 @@ def sparse_dot_fwd(g: Tensor, indices: Tensor, W: Tensor, config: LaunchConfig |
     )
     g, indices, W = g.contiguous(), indices.contiguous(), W.contiguous()
     (N, K), (F, D) = indices.shape, W.shape
-    out = (
-        torch.zeros(N, K, dtype=torch.float32, device=W.device)
-        if D == 0
-        else g.new_empty(N, K, dtype=torch.float32)
-    )
+    out = torch.zeros(N, K, dtype=torch.float32, device=W.device) if D == 0 else g.new_empty(N, K, dtype=torch.float32)
     if out.numel() == 0 or D == 0:
         return out
     cfg = config or launch_config(F, D, W.element_size())
@@ -400,9 +392,7 @@ def sparse_outer_fwd(
         return g.new_zeros(d_sae, D, dtype=torch.float32), g.new_zeros(d_sae, dtype=torch.float32)
     if D == 0:  # no column, hence no program that would add up the values
         ones = g.new_zeros(N, 1)
-        return g.new_zeros(d_sae, 0, dtype=torch.float32), sparse_outer_fwd(
-            values, indices, ones, d_sae, config
-        )[1]
+        return g.new_zeros(d_sae, 0, dtype=torch.float32), sparse_outer_fwd(values, indices, ones, d_sae, config)[1]
     g = g.contiguous()
     features, order = torch.sort(indices.reshape(-1), stable=True)
     offsets = torch.searchsorted(features, torch.arange(d_sae + 1, dtype=features.dtype, device=g.device))

@@ -57,9 +57,7 @@ def load(
     return _from_hub(str(name_or_path), layer, k, where, precision)
 
 
-def _read_own(
-    folder: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype
-) -> Weights:
+def _read_own(folder: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype) -> Weights:
     weights = qscope_format.read(folder, k=k, device=device, dtype=dtype)
     layer = agree("layer", {f"the card in {folder}": weights.card.layer, "the argument": layer})
     return weights._replace(card=replace(weights.card, layer=layer))
@@ -77,9 +75,7 @@ def _read_qwen(
 ) -> Weights:
     """One .pt file. `context`, a repository or a path, is where a group's name may stand."""
     parts, group = registry.parse_name(context), registry.find(context)
-    layer = agree(
-        "layer", {f"the file name {path.name}": registry.layer_of(path.name), "the argument": layer}
-    )
+    layer = agree("layer", {f"the file name {path.name}": registry.layer_of(path.name), "the argument": layer})
     if group is not None:
         layer = registry.check_layer(group, layer)
     if layer is not None and layer < 0:
@@ -107,15 +103,11 @@ def _read_qwen(
     )
 
 
-def _from_folder(
-    folder: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype
-) -> Weights:
+def _from_folder(folder: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype) -> Weights:
     for candidate in (folder, folder / f"layer{layer}"):
         if (candidate / qscope_format.CARD).exists():
             return _read_own(candidate, layer, k, device, dtype)
-    layers = sorted(
-        found for item in folder.glob("*.pt") if (found := registry.layer_of(item.name)) is not None
-    )
+    layers = sorted(found for item in folder.glob("*.pt") if (found := registry.layer_of(item.name)) is not None)
     if layers:
         if layer is None or layer not in layers:
             given = "no layer was given" if layer is None else f"layer {layer} was given"
@@ -132,9 +124,7 @@ def _from_folder(
     )
 
 
-def _from_file(
-    path: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype
-) -> Weights:
+def _from_file(path: Path, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype) -> Weights:
     if path.suffix == ".pt":
         return _read_qwen(path, str(path.resolve().parent / path.name), layer, k, device, dtype)
     if path.suffix != ".safetensors":
@@ -153,9 +143,7 @@ def _from_file(
     return qscope_format.read_tensors(path, k=k, card=card, device=device, dtype=dtype)
 
 
-def _from_hub(
-    name: str, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype
-) -> Weights:
+def _from_hub(name: str, layer: int | None, k: int | None, device: torch.device, dtype: torch.dtype) -> Weights:
     parts = registry.parse_name(name)
     bare = parts is not None and name == parts.name
     if not bare and (_HUB_NAME.fullmatch(name) is None or name.endswith((".pt", ".safetensors"))):
@@ -176,15 +164,11 @@ def _from_hub(
     if group is not None:
         layer = registry.check_layer(group, layer)
     if layer is None or layer < 0:
-        raise CheckpointError(
-            f"{name} has one file per layer; layer {layer!r} was given. Give layer=0 for the first."
-        )
+        raise CheckpointError(f"{name} has one file per layer; layer {layer!r} was given. Give layer=0 for the first.")
     filename = registry.file_name(layer)
     path = _download(repository, filename)
     source = f"{repository}/{filename}"
-    return _read_qwen(
-        path, repository, layer, k, device, dtype, source=source, source_hash=_stated_hash(path)
-    )
+    return _read_qwen(path, repository, layer, k, device, dtype, source=source, source_hash=_stated_hash(path))
 
 
 def _stated_hash(path: Path) -> str | None:
@@ -218,9 +202,7 @@ def save(weights: Weights, path: str | Path, format: str = qscope_format.FORMAT)
     Raises CheckpointError for weights or a name that cannot be saved, StorageError when the disk refuses.
     """
     if format not in FORMATS:
-        raise CheckpointError(
-            f"format {format!r} was asked for; formats that qscope writes now: {', '.join(FORMATS)}."
-        )
+        raise CheckpointError(f"format {format!r} was asked for; formats that qscope writes now: {', '.join(FORMATS)}.")
     check_k(weights.k, weights.b_enc.numel(), "this SAE")
     check_finite(
         {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")},

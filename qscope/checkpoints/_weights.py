@@ -97,8 +97,7 @@ def check_k(k: Any, d_sae: int, where: str, error: type[Exception] = CheckpointE
         raise error(f"{where}: k must be a whole number, but {k!r} was given.")
     if not 1 <= k <= d_sae:
         raise error(
-            f"{where}: k={k} was given, but the dictionary has d_sae={d_sae} features; k must lie in "
-            f"1..{d_sae}."
+            f"{where}: k={k} was given, but the dictionary has d_sae={d_sae} features; k must lie in 1..{d_sae}."
         )
     return k
 
@@ -144,9 +143,7 @@ def check_shapes(
     """
     for name in NAMES:
         if dtypes[name] not in DTYPES:
-            raise CheckpointError(
-                f"{where}: {name} has dtype {dtypes[name]}; accepted are {', '.join(DTYPES)}."
-            )
+            raise CheckpointError(f"{where}: {name} has dtype {dtypes[name]}; accepted are {', '.join(DTYPES)}.")
     for name in ("b_enc", "b_dec"):
         if len(shapes[name]) != 1 or shapes[name][0] < 1:
             raise CheckpointError(f"{where}: {name} has shape {list(shapes[name])}; it must be a vector.")
@@ -204,16 +201,9 @@ def collect(
     dtype: torch.dtype,
 ) -> Weights:
     """Checks the values and makes the compute copy. `tensors` may be mapped from a file."""
-    flat = {
-        name: tensors[name] if tensors[name].is_contiguous() else tensors[name].contiguous() for name in NAMES
-    }
+    flat = {name: tensors[name] if tensors[name].is_contiguous() else tensors[name].contiguous() for name in NAMES}
     check_finite(flat, where)
-    ready = {
-        name: place(flat[name], dtype, device, transpose=name == "W_dec" and not decoder_rows)
-        for name in NAMES
-    }
+    ready = {name: place(flat[name], dtype, device, transpose=name == "W_dec" and not decoder_rows) for name in NAMES}
     if dtype == torch.float16:
-        check_finite(
-            ready, where, "The stored values exceed float16; load with dtype='bfloat16' or 'float32'."
-        )
+        check_finite(ready, where, "The stored values exceed float16; load with dtype='bfloat16' or 'float32'.")
     return Weights(**ready, k=k, card=card)

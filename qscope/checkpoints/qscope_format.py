@@ -106,8 +106,7 @@ def _parse_card(path: Path) -> dict[str, Any]:
     version = content.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {version}; this qscope reads up to {FORMAT_VERSION}. Update qscope "
-            "to load it."
+            f"{path} has format_version {version}; this qscope reads up to {FORMAT_VERSION}. Update qscope to load it."
         )
     wrong = _wrong_fields(content)
     if wrong:
@@ -170,19 +169,14 @@ def read_tensors(path: Path, *, k: int, card: SAECard, device: torch.device, dty
             slices = {name: file.get_slice(name) for name in NAMES}
             features, _ = check_shapes(
                 {name: tuple(item.get_shape()) for name, item in slices.items()},
-                {
-                    name: _DTYPE_OF_CODE.get(item.get_dtype(), item.get_dtype())
-                    for name, item in slices.items()
-                },
+                {name: _DTYPE_OF_CODE.get(item.get_dtype(), item.get_dtype()) for name, item in slices.items()},
                 str(path),
                 decoder_rows=True,
                 d_sae=card.d_sae or None,
                 d_in=card.d_in or None,
             )
             if not 1 <= k <= features:
-                raise CheckpointError(
-                    f"{path}: k={k} was given, but the dictionary has d_sae={features} features."
-                )
+                raise CheckpointError(f"{path}: k={k} was given, but the dictionary has d_sae={features} features.")
             tensors = {name: file.get_tensor(name) for name in NAMES}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}.") from error
@@ -205,9 +199,7 @@ def write(weights: Weights, path: Path) -> Path:
     from safetensors.torch import save_file
 
     if path.suffix in (".pt", ".safetensors", ".json"):
-        raise CheckpointError(
-            f"format 'qscope' writes a folder, but {path} names a file. Give the folder's name."
-        )
+        raise CheckpointError(f"format 'qscope' writes a folder, but {path} names a file. Give the folder's name.")
     _files.make_folder(path)
     state, seen = {}, set()
     for name in NAMES:
@@ -240,7 +232,6 @@ def _card_text(content: dict[str, Any]) -> str:
         plain = json.loads(json.dumps(content, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the card cannot be saved as JSON: {first_line(error)}. Keep plain finite values in "
-            "card.training."
+            f"the card cannot be saved as JSON: {first_line(error)}. Keep plain finite values in card.training."
         ) from error
     return json.dumps({**plain, "card_sha256": _card_hash(plain)}, indent=2, ensure_ascii=False) + "\n"

@@ -114,8 +114,7 @@ def _not_an_archive(path: Path, head: bytes) -> CheckpointError:
     size = path.stat().st_size
     if head.startswith(b"PK"):
         return CheckpointError(
-            f"{path} ({size} bytes) is cut off or damaged: its archive has no readable directory. Download "
-            "it again."
+            f"{path} ({size} bytes) is cut off or damaged: its archive has no readable directory. Download it again."
         )
     if head.startswith(b"\x80"):
         return CheckpointError(
@@ -144,17 +143,13 @@ def _inspect(path: Path) -> set[int]:
         struct.error,
         OverflowError,
     ) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {first_line(error)}. Download or copy it again."
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}. Download or copy it again.") from error
 
 
 def _inspect_archive(archive: zipfile.ZipFile, path: Path) -> set[int]:
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CheckpointError(
-            f"{path} holds compressed records; torch.save never writes those, so it is refused."
-        )
+        raise CheckpointError(f"{path} holds compressed records; torch.save never writes those, so it is refused.")
     if len({entry.filename for entry in entries}) != len(entries):
         raise CheckpointError(f"{path} holds two records of one name and is refused.")
     pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
@@ -189,9 +184,7 @@ def _load(path: Path) -> Any:
 
 def _tensors(state: Any, path: Path, records: set[int]) -> dict[str, Tensor]:
     if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(state).__name__}; expected a dict with {', '.join(NAMES)}."
-        )
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a dict with {', '.join(NAMES)}.")
     check_keys(state, str(path))
     size = path.stat().st_size
     for name in NAMES:
@@ -205,9 +198,7 @@ def _tensors(state: Any, path: Path, records: set[int]) -> dict[str, Tensor]:
                 f"than the file's {size} bytes."
             )
         if tensor.numel() and tensor.untyped_storage().nbytes() not in records:
-            raise CheckpointError(
-                f"{path}: {name} claims a storage of another size than any record in the file."
-            )
+            raise CheckpointError(f"{path}: {name} claims a storage of another size than any record in the file.")
     return state
 
 
@@ -281,9 +272,7 @@ def write(weights: Weights, path: Path) -> Path:
     _files.make_folder(target.parent)
     # Copies, because torch.save would write the whole storage that a view belongs to.
     state = {
-        name: place(
-            getattr(weights, name), weights.W_enc.dtype, torch.device("cpu"), transpose=name == "W_dec"
-        )
+        name: place(getattr(weights, name), weights.W_enc.dtype, torch.device("cpu"), transpose=name == "W_dec")
         for name in NAMES
     }
     with _files.temporary(target) as temp:

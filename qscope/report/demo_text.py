@@ -10,7 +10,12 @@ def render(result: DemoResult) -> str:
     """The table of features, the summary of the encode, and the page's address."""
     summary = encode_text.render(result.encoded).rsplit("\n", 1)[0]
     return "\n".join(
-        [inspect_text.render(result.inspected), "", summary, f"done in {result.seconds:.0f} s; open file://{result.page}"]
+        [
+            inspect_text.render(result.inspected),
+            "",
+            summary,
+            f"done in {result.seconds:.0f} s; open file://{result.page}",
+        ]
     )
 
 

@@ -64,9 +64,7 @@ def write_page(result: InspectResult, path: Path) -> Path:
         scratch.write_text(page(result), encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
-        raise StorageError(
-            f"The page {path} could not be written: {error}. Choose another --html path."
-        ) from error
+        raise StorageError(f"The page {path} could not be written: {error}. Choose another --html path.") from error
     return path
 
 
@@ -103,9 +101,7 @@ def _data(result: InspectResult) -> dict[str, Any]:
             "sinks_counted": result.sinks_counted,
         },
         "density": result.density_histogram,
-        "order": {"frequent": "Most frequent", "strongest": "Strongest", "specific": "Most specific"}[
-            result.order
-        ],
+        "order": {"frequent": "Most frequent", "strongest": "Strongest", "specific": "Most specific"}[result.order],
         "features": [_feature(f) for f in features],
         "texts": [_text(t) for t in texts],
         "per_token": _PER_TOKEN,

@@ -43,9 +43,7 @@ def tables(result: InspectResult, width: int = 100, ansi: bool = False) -> str:
 
 def _head(result: InspectResult, width: int) -> list[str]:
     about = [f"{key} {visible(value)}" for key, value in result.about.items()]
-    layers = f"layer {result.layer}" + (
-        f" of {', '.join(map(str, result.layers))}" if len(result.layers) > 1 else ""
-    )
+    layers = f"layer {result.layer}" + (f" of {', '.join(map(str, result.layers))}" if len(result.layers) > 1 else "")
     held = [f"{result.num_tokens:,} tokens in {result.num_documents:,} documents"]
     held += [
         f"{result.alive:,} of {result.d_sae:,} features alive",
@@ -63,9 +61,7 @@ def _head(result: InspectResult, width: int) -> list[str]:
 def _list(result: InspectResult, width: int, ansi: bool) -> list[str]:
     if not result.features:
         return ["No feature is active in this store."]
-    lines = _flow(
-        [f"{len(result.features)} features, order {result.order}:", ORDERS[result.order]], width, "  "
-    )
+    lines = _flow([f"{len(result.features)} features, order {result.order}:", ORDERS[result.order]], width, "  ")
     lines += ["", clip(_ROW.format("feature", "tokens", "density", "mean", "max") + "  top tokens", width)]
     for feature in result.features:
         row = _ROW.format(
@@ -102,9 +98,7 @@ def _in_depth(feature: Feature, width: int, ansi: bool) -> list[str]:
     ]
     for share in feature.top_tokens:
         bar = "\u2588" * max(1, round(20 * share.share))
-        lines.append(
-            clip(f"{_share(share.share):>7}  {bar:<20} {_spaced(share.text)}  ({share.count:,})", width)
-        )
+        lines.append(clip(f"{_share(share.share):>7}  {bar:<20} {_spaced(share.text)}  ({share.count:,})", width))
     apart = len({c.document for c in feature.contexts}) == len(feature.contexts)
     lines += ["", "strongest passages" + (", one per text" if apart else "")]
     for context in feature.contexts:

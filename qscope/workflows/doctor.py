@@ -118,9 +118,7 @@ def _guarded(name: str, step: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return step()
     except Exception as error:  # the report has to reach its end: a broken part is a finding, not a fault
-        return [
-            Finding(name, f"could not be asked: {type(error).__name__}: {_first_line(str(error))}", False)
-        ]
+        return [Finding(name, f"could not be asked: {type(error).__name__}: {_first_line(str(error))}", False)]
 
 
 def _first_line(text: str) -> str:
@@ -132,9 +130,7 @@ def _python() -> list[Finding]:
     system = f"{platform.system()} {platform.machine()}"
     return [
         Finding("qscope", __version__, True),
-        Finding(
-            "python", f"{platform.python_version()} ({platform.python_implementation()}, {system})", True
-        ),
+        Finding("python", f"{platform.python_version()} ({platform.python_implementation()}, {system})", True),
     ]
 
 
@@ -211,9 +207,7 @@ def _compiler() -> list[Finding]:
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     text = _ask([*command, "--version"])
     if text is None:
-        advice = (
-            "Install g++ (or name a C++20 compiler in CXX): the native CPU kernels are compiled on first use."
-        )
+        advice = "Install g++ (or name a C++20 compiler in CXX): the native CPU kernels are compiled on first use."
         return [Finding("C++ compiler", f"{command[0]} not found or does not answer", False, advice)]
     return [Finding("C++ compiler", _first_line(text), True)]
 
@@ -255,11 +249,7 @@ def _cache() -> list[Finding]:
 
 def _settings() -> list[Finding]:
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("QSCOPE_")}
-    return [
-        Finding(
-            "environment", ", ".join(f"{n}={v}" for n, v in given.items()) or "no QSCOPE_ variable set", True
-        )
-    ]
+    return [Finding("environment", ", ".join(f"{n}={v}" for n, v in given.items()) or "no QSCOPE_ variable set", True)]
 
 
 def _native(build: bool) -> list[Finding]:
@@ -273,9 +263,7 @@ def _native(build: bool) -> list[Finding]:
         status = native.status()
     if status.loaded:
         return [Finding(name, f"loaded, {status.isa}, QSCOPE_NATIVE={status.mode}", True)]
-    return [
-        Finding(name, f"not loaded: {status.problem}", False, _native_advice(status.mode, status.compiler))
-    ]
+    return [Finding(name, f"not loaded: {status.problem}", False, _native_advice(status.mode, status.compiler))]
 
 
 def _native_advice(mode: str, compiler: str | None) -> str:
@@ -283,9 +271,7 @@ def _native_advice(mode: str, compiler: str | None) -> str:
         return "Unset QSCOPE_NATIVE (it is off) to run the compiled CPU kernels."
     if compiler is None:
         return _NO_COMPILER
-    return (
-        "The CPU kernels did not compile or load: `qscope doctor --json` shows the compiler's answer in full."
-    )
+    return "The CPU kernels did not compile or load: `qscope doctor --json` shows the compiler's answer in full."
 
 
 def _compiled() -> bool:
@@ -303,9 +289,7 @@ def _backends() -> list[Backend]:
         importlib.import_module("qscope.ops")
     except Exception as error:  # as in _guarded: the table then says why it is empty
         reason = f"operators cannot be imported: {type(error).__name__}: {_first_line(str(error))}"
-        return [
-            Backend(operator, device, reason, False) for operator in OPERATORS for device in ("cpu", "cuda")
-        ]
+        return [Backend(operator, device, reason, False) for operator in OPERATORS for device in ("cpu", "cuda")]
     return [line for operator in OPERATORS for line in (_on_cpu(operator), _on_cuda(operator))]
 
 

@@ -146,9 +146,7 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
         model=ModelIdentity(name=encoder.model_name, sha256=encoder.model_sha256),
         tokenizer_sha256=encoder.tokenizer_sha256,
         saes=[
-            SAEIdentity(
-                layer=layer, sha256=sae.weight_hash(), d_sae=sae.d_sae, k=sae.k, source=sae.card.source
-            )
+            SAEIdentity(layer=layer, sha256=sae.weight_hash(), d_sae=sae.d_sae, k=sae.k, source=sae.card.source)
             for layer, sae in sorted(encoder.saes.items())
         ],
         dtype=encoder.dtype,
@@ -184,9 +182,7 @@ class Job:
             key = self.shard_key(shard)
             done = self.writer.finished[index] if index < len(self.writer.finished) else None
             if done is not None and done.key != key:
-                print(
-                    f"qscope: the text of shard {index} changed; encoding again from there", file=sys.stderr
-                )
+                print(f"qscope: the text of shard {index} changed; encoding again from there", file=sys.stderr)
                 self.writer.truncate_from(index)
                 done = None
             if done is None:

@@ -189,9 +189,7 @@ def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
         sae = SAE.from_pretrained(name, layer=chosen, k=config.k, device=device)
         layer = wanted if wanted is not None else sae.card.layer
         if layer is None:
-            raise InputError(
-                f"The SAE {name} does not say which layer it was made for. Say it with --layers."
-            )
+            raise InputError(f"The SAE {name} does not say which layer it was made for. Say it with --layers.")
         if layer in saes:
             raise InputError(f"Layer {layer} was asked for twice. Name every layer once.")
         saes[layer] = sae
@@ -213,9 +211,7 @@ def check_fit(name: str, sha256: str, model: Any, layer: int, sae: SAE, allow_mi
         problems.append(f"it was made for layer {sae.card.layer}, not {layer}")
     trained_on = sae.card.training.get("model_sha256")
     if trained_on is not None and trained_on != sha256:
-        problems.append(
-            f"it was trained on other weights than {name}'s (sha256 {trained_on[:12]}, not {sha256[:12]})"
-        )
+        problems.append(f"it was trained on other weights than {name}'s (sha256 {trained_on[:12]}, not {sha256[:12]})")
     elif trained_on is None and sae.card.model and not Path(name).exists() and sae.card.model != name:
         problems.append(f"it was made for {sae.card.model}, not {name}")
     if problems and not allow_mismatch:

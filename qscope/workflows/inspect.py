@@ -124,9 +124,7 @@ class _View:
         _check_range("feature", config.feature, self.store.d_sae(self.layer))
         _check_range("document", config.document, self.store.num_documents)
         self.words = Words(self.store.tokenizer())
-        self.survey = survey_store(
-            self.store, self.layer, config.contexts, config.window, config.include_sinks
-        )
+        self.survey = survey_store(self.store, self.layer, config.contexts, config.window, config.include_sinks)
         # Within one token, the order "specific" discounts features that are always on.
         specific = config.order == "specific"
         self.weight = self.survey.rarity() if specific else np.ones(self.survey.d_sae)
@@ -143,9 +141,7 @@ class _View:
             return []
         survey, sinks = self.survey, self.config.include_sinks
         gathered = Gathered(chosen, survey)
-        passages = {
-            f: [Passage(f, int(r)) for r in survey.best_row[f][survey.best_value[f] > 0]] for f in chosen
-        }
+        passages = {f: [Passage(f, int(r)) for r in survey.best_row[f][survey.best_value[f] > 0]] for f in chosen}
         start = 0
         for shard in self.store:
             for part, codes in shard.blocks(self.layer, ROWS):
@@ -187,9 +183,7 @@ class _View:
         best = np.argsort(-ranked, axis=1, kind="stable")[:, :_PER_TOKEN]
         tokens = []
         for row in range(min(len(keep), _TEXT_TOKENS)):
-            pairs = [
-                (int(codes.indices[row, c]), float(codes.values[row, c])) for c in best[row] if active[row, c]
-            ]
+            pairs = [(int(codes.indices[row, c]), float(codes.values[row, c])) for c in best[row] if active[row, c]]
             tokens.append(TextToken(self.words[document.tokens[row]], pairs, not keep[row]))
         return Text(number, len(keep), tokens, self._text_features(codes, active))
 
@@ -211,9 +205,7 @@ class _View:
             top = max(values)
             pairs = [(w, v) for w, v in zip(where, values, strict=True) if w < _TEXT_TOKENS]
             peak = where[values.index(top)]
-            shown.append(
-                TextFeature(int(ids[i]), int(count[i]), float(total[i]), top, peak, float(density[i]), pairs)
-            )
+            shown.append(TextFeature(int(ids[i]), int(count[i]), float(total[i]), top, peak, float(density[i]), pairs))
         return shown
 
     def result(self, features: list[Feature], texts: list[Text], linked: list[Feature]) -> InspectResult:

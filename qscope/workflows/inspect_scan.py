@@ -155,10 +155,7 @@ class Gathered:
         mine = self.pair >> 32 == slot
         token, mass, count = self.pair[mine] & 0xFFFFFFFF, self.pair_mass[mine], self.pair_count[mine]
         best = np.lexsort((token, -mass))[:most]
-        return [
-            TokenShare(int(token[i]), words[token[i]], int(count[i]), float(mass[i] / mass.sum()))
-            for i in best
-        ]
+        return [TokenShare(int(token[i]), words[token[i]], int(count[i]), float(mass[i] / mass.sum())) for i in best]
 
 
 class Passage:

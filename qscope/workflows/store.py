@@ -46,6 +46,4 @@ def run(config: StoreConfig) -> StoreResult:
     else:
         out = config.out or config.store.with_name(f"{config.store.name}-{config.to}")
         export(store, out, to=config.to)
-    return StoreResult(
-        config.action, str(config.store), store.num_tokens, len(store), str(out) if out else None
-    )
+    return StoreResult(config.action, str(config.store), store.num_tokens, len(store), str(out) if out else None)

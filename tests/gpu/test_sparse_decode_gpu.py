@@ -13,9 +13,7 @@ pytest.importorskip("triton", reason="the Triton kernels need the triton package
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets the kernels"
-    ),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets the kernels"),
 ]
 
 from qscope_kernels.sparse_decode import sparse_decode_fwd, sparse_dot_fwd, sparse_outer_fwd  # noqa: E402
@@ -68,9 +66,7 @@ def test_outer_matches_float64_and_repeats_to_the_bit(shape: tuple, dtype: torch
     rows, sums = sparse_outer_fwd(acts, indices, g, F)
     count = torch.bincount(indices.flatten().long(), minlength=F)
     assert int(count.max()) > 512, "no feature reaches the split path"
-    dense = torch.zeros(N, F, dtype=torch.float64, device="cuda").scatter_add_(
-        1, indices.long(), acts.double()
-    )
+    dense = torch.zeros(N, F, dtype=torch.float64, device="cuda").scatter_add_(1, indices.long(), acts.double())
     for cols in torch.arange(F, device="cuda").split(8192):
         part = dense[:, cols].T
         bound = (count[cols, None] + 1) * U32 * (part @ g.double().abs())

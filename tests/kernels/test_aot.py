@@ -71,9 +71,7 @@ def specs(dtype: str, aligned: bool) -> Iterator[Spec]:
             **rest,
         )
 
-    decode = dict(
-        acts_ptr=floats, indices_ptr=i32, W_ptr=floats, b_ptr=floats, y_ptr=floats, K="i32", D="i32"
-    )
+    decode = dict(acts_ptr=floats, indices_ptr=i32, W_ptr=floats, b_ptr=floats, y_ptr=floats, K="i32", D="i32")
     yield spec("_sparse_decode_fwd_kernel", decode, {"HAS_BIAS": True} | block | unroll, gathers=LOADS + 1)
     dot = dict(g_ptr=floats, indices_ptr=i32, W_ptr=floats, part_ptr=f32, N="i32", K="i32", D="i32")
     yield spec("_sparse_dot_fwd_kernel", dot, block | unroll, gathers=LOADS, registers=128)
@@ -119,8 +117,7 @@ def compile_spec(spec: Spec, arch: int, cuobjdump: Path) -> dict[str, Any]:
     attrs = {
         (i,): divisible
         for i, name in enumerate(kernel.arg_names)
-        if name in spec.types
-        and (spec.types[name][0] == "*" or (name in ("N", "D", "F", "size") and spec.aligned))
+        if name in spec.types and (spec.types[name][0] == "*" or (name in ("N", "D", "F", "size") and spec.aligned))
     }
     signature = {name: spec.types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec.constexprs, attrs=attrs)

@@ -40,9 +40,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def inputs(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, ids: torch.dtype = torch.int32
-) -> tuple[Tensor, ...]:
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, ids: torch.dtype = torch.int32) -> tuple[Tensor, ...]:
     """top_acts with some zeros and negatives, ids with repeats inside a row, W_dec, b_dec, g."""
     N, K, D, F = shape
     gen = torch.Generator().manual_seed(N * 1000 + K)
@@ -168,9 +166,7 @@ def test_decode_adds_in_ascending_slot_order() -> None:
 def test_outer_adds_in_token_order_and_merges_chunks_in_order() -> None:
     N, K, D, chunk = 11, 2, 33, SMALL.chunk
     g = torch.randn(N, D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    values = 2.0 ** torch.randint(-3, 4, (N, K), generator=torch.Generator().manual_seed(3)).float().to(
-        DEVICE
-    )
+    values = 2.0 ** torch.randint(-3, 4, (N, K), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
     indices = torch.tensor([[1, 4]] * N, dtype=torch.int32, device=DEVICE)  # hit by every token
     rows, sums = sparse_outer_fwd(values, indices, g, 6, SMALL)
     for slot, feature in enumerate((1, 4)):
@@ -187,11 +183,7 @@ def test_outer_adds_in_token_order_and_merges_chunks_in_order() -> None:
 @pytest.mark.parametrize("counts", [[4, 4, 4], [3, 4, 5], [12], [1] * 12, [7, 0, 5]])
 def test_chunk_bound_holds_at_its_edge(counts: list[int]) -> None:
     """Lists just above the chunk need the most chunks: a bound one too small would leave a row NaN."""
-    ids = (
-        torch.cat([torch.full((c,), f, dtype=torch.int32) for f, c in enumerate(counts)])
-        .view(-1, 1)
-        .to(DEVICE)
-    )
+    ids = torch.cat([torch.full((c,), f, dtype=torch.int32) for f, c in enumerate(counts)]).view(-1, 1).to(DEVICE)
     values, g = torch.ones(len(ids), 1, device=DEVICE), torch.ones(len(ids), 5, device=DEVICE)
     rows, sums = sparse_outer_fwd(values, ids, g, len(counts), SMALL)
     assert sums.tolist() == counts and rows.tolist() == [[float(c)] * 5 for c in counts]
@@ -229,9 +221,7 @@ def test_nan_and_infinity_pass_through_and_touch_nothing_else() -> None:
     assert torch.nonzero(decoded.isnan()).tolist() == [[1, 2]]
     assert torch.nonzero(dots.isnan()).tolist() == [[1, 2]] and bool(dots[2].isinf().all())
     rows, _ = sparse_outer_fwd(acts, indices, g, 29, SMALL)
-    assert torch.nonzero(rows.isinf()).tolist() == [[f, 3] for f in range(10, 15)] and not bool(
-        rows.isnan().any()
-    )
+    assert torch.nonzero(rows.isinf()).tolist() == [[f, 3] for f in range(10, 15)] and not bool(rows.isnan().any())
 
 
 def test_wrong_input_is_refused_with_what_was_given() -> None:

@@ -275,9 +275,7 @@ def encode_process(tiny, corpus, out) -> subprocess.Popen:
     ]
     command += ["--dtype", "float32"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_three_times_and_resumed_gives_the_same_bytes(tiny, texts, tmp_path):

@@ -1,0 +1,81 @@
+"""What the operators share: how a body finds its native kernel, and how arguments are refused."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qscope import native
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+
+
+def body(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's default body: load the native library on the first CPU call, else run the reference.
+
+    Once the library is loaded its kernel owns the CPU dispatch key, so this body is not reached again.
+    """
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if native.load(device) and native.implements(name, device):
+            return getattr(torch.ops.qscope, name)(*args)
+        return reference(*args)
+
+    return run
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Call the operator. Loading first spares its default body, which imports the compiler stack."""
+    if not torch.compiler.is_compiling():
+        native.load(args[0].device.type)
+    return op(*args)
+
+
+def check_float(op: str, name: str, tensor: Tensor, shape: str) -> None:
+    """Refuse a tensor whose rank or dtype the operator does not take; `shape` is written like "[N, D]"."""
+    _check_rank(op, name, tensor, shape)
+    if tensor.dtype not in FLOATS:
+        accepted = "float32, bfloat16 and float16"
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; accepted are {accepted}. Convert it with {name}.float().")
+
+
+def check_indices(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse indices that are not [N, K] int32 or int64."""
+    _check_rank(op, name, tensor, "[N, K]")
+    if tensor.dtype not in INTS:
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; accepted are int32 and int64.")
+
+
+def check_sizes(op: str, rule: str, *pairs: tuple[int, int]) -> None:
+    """Refuse sizes that must agree; `rule` says which ones, with what was given."""
+    if any(a != b for a, b in pairs):
+        raise ValueError(f"{op}: {rule}. Sizes that share a letter must be equal.")
+
+
+def check_k(op: str, k: int, d_sae: int) -> None:
+    """Refuse a k outside 1..F."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"{op}: k={k}; accepted is 1 <= k <= {d_sae}, the number of features (columns) given.")
+
+
+def check_devices(op: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors that live on different devices."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors are on {sorted(map(str, devices))}; move them to one device with .to(device).")
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_rank(op: str, name: str, tensor: Tensor, shape: str) -> None:
+    rank = shape.count(",") + 1
+    if tensor.dim() != rank:
+        raise ValueError(f"{op}: {name} has shape {shape_of(tensor)}; it must be {shape}. Flatten leading dimensions.")

@@ -1,0 +1,32 @@
+"""The k largest scores of every row: value descending, then lowest index."""
+
+import torch
+from torch import Tensor
+
+
+def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Select the k largest entries of each row of scores [N, F], ordered by value descending, then lowest
+    index.
+
+    -0 counts as +0 and is returned as +0. A row that holds a NaN returns NaN values and indices 0..k-1.
+    Returns values [N, k] in the dtype of scores and indices [N, k] int32.
+    """
+    indices = _select_indices(scores.detach(), k)
+    values = scores.gather(1, indices) + 0.0
+    nan_row = scores.detach().isnan().any(dim=1, keepdim=True)
+    first = torch.arange(k, device=scores.device).expand_as(indices)
+    values = torch.where(nan_row, torch.nan, values)
+    return values, torch.where(nan_row, first, indices).to(torch.int32)
+
+
+def _select_indices(scores: Tensor, k: int) -> Tensor:
+    """torch.topk leaves open which of several equal scores it keeps: repair the rows where that matters."""
+    values, indices = scores.topk(k, dim=1)
+    smallest = values[:, -1:]
+    ambiguous = ((scores == smallest).sum(1) != (values == smallest).sum(1)).nonzero().squeeze(1)
+    if ambiguous.numel():
+        full = scores[ambiguous].sort(dim=1, descending=True, stable=True)
+        values[ambiguous], indices[ambiguous] = full.values[:, :k], full.indices[:, :k]
+    indices, by_index = indices.sort(dim=1)
+    by_value = values.gather(1, by_index).sort(dim=1, descending=True, stable=True).indices
+    return indices.gather(1, by_value)

@@ -1,0 +1,17 @@
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any @triton.jit is decorated
+torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN (integers: the maximum)
+
+
+@pytest.fixture
+def limit_isa():
+    """Lower the instruction set of the CPU kernels for one test: limit_isa("portable")."""
+    from qscope import native
+
+    yield native.cpu_isa
+    native.cpu_isa("avx512")
