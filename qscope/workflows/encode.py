@@ -127,15 +127,13 @@ def run(config: EncodeConfig) -> EncodeResult:
     clock = Clock()
     with clock("load"):
         encoder = load_encoder(config)
-    job = Job(config, encoder, clock, counts)
-    settings = store_settings(config, encoder, sources)
-    with StoreWriter.open(config.out, settings) as job.writer:
-        job.settings_key = settings.settings_key()
-        job.writer.save_tokenizer(encoder.tokenizer)
+    with StoreWriter.open(config.out, store_settings(config, encoder, sources)) as writer:
+        writer.save_tokenizer(encoder.tokenizer)
+        job = Job(config, encoder, writer, clock, counts)
         start = time.perf_counter()
         with progress(config, sources) as bar:
             job.encode_all(itertools.chain([first], shards), bar)
-        job.writer.complete(job.totals())
+        writer.complete(job.totals())
         return job.result(time.perf_counter() - start)
 
 
@@ -164,60 +162,62 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
 class Job:
     """One run over one store: what is finished is checked and skipped, the rest is encoded."""
 
-    writer: StoreWriter
-    settings_key: str
-
-    def __init__(self, config: EncodeConfig, encoder: Encoder, clock: Clock, counts: ReadCounts) -> None:
-        self.config, self.encoder, self.clock, self.counts = config, encoder, clock, counts
-        self.run_tokens = self.resumed = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(record.tokens for record in self.writer.finished)
+    def __init__(
+        self, config: EncodeConfig, encoder: Encoder, writer: StoreWriter, clock: Clock, counts: ReadCounts
+    ) -> None:
+        self.config, self.encoder, self.writer, self.clock, self.counts = config, encoder, writer, clock, counts
+        self.records = writer.finished
+        self.tokens = self.run_tokens = self.resumed = 0
+        self.carry = (0, 0)
+        """Document in which the next shard begins and how many of its tokens are stored: a long one may span shards."""
 
     def encode_all(self, shards: Iterator[TextShard], bar: Any) -> None:
-        index = -1
+        count = 0
         for shard in shards:
-            index = shard.index
-            key = self.shard_key(shard)
-            done = self.writer.finished[index] if index < len(self.writer.finished) else None
-            if done is not None and done.key != key:
-                print(f"qscope: the text of shard {index} changed; encoding again from there", file=sys.stderr)
-                self.writer.truncate_from(index)
-                done = None
-            if done is None:
-                done = self.encode_shard(shard, key, bar)
+            record = self.finished(shard, self.shard_key(shard))
+            if record is None:
+                record = self.encode_shard(shard, bar)
+                self.records.append(record)
             else:
                 self.resumed += 1
-                bar.update(done.tokens)
+                bar.update(record.tokens)
+            self.tokens += record.tokens
+            document, position = record.meta["carry"]
+            self.carry = (document, position)
+            count = shard.index + 1
             if self.config.max_tokens is not None and self.tokens >= self.config.max_tokens:
                 break
             bar.expect(shard)
-        if index + 1 < len(self.writer.finished):
-            self.writer.truncate_from(index + 1)
+        self.drop_from(count)
+
+    def finished(self, shard: TextShard, key: str) -> ShardRecord | None:
+        """The shard's record, if it was finished from the same text with the same settings."""
+        if shard.index >= len(self.records):
+            return None
+        if self.records[shard.index].key == key:
+            return self.records[shard.index]
+        print(f"qscope: the text of shard {shard.index} changed; encoding again from there", file=sys.stderr)
+        self.drop_from(shard.index)
+        return None
+
+    def drop_from(self, index: int) -> None:
+        self.writer.truncate_from(index)
+        del self.records[index:]
 
     def shard_key(self, shard: TextShard) -> str:
         """sha256 over the settings, the shard's text, and what came before it that matters."""
-        before = self.writer.finished[: shard.index]
-        parts = [self.settings_key, shard.key(), shard.index, self.carry(before)]
+        parts = [self.writer.settings_key, shard.key(), shard.index, self.carry]
         if self.config.max_tokens is not None:
-            parts.append(sum(record.tokens for record in before))
+            parts.append(self.tokens)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    @staticmethod
-    def carry(finished: list[ShardRecord]) -> tuple[int, int]:
-        """(document, tokens of it already stored) where the next shard begins: a long document may span shards."""
-        document, position = finished[-1].meta["carry"] if finished else (0, 0)
-        return int(document), int(position)
-
-    def encode_shard(self, shard: TextShard, key: str, bar: Any) -> ShardRecord:
-        before = self.carry(self.writer.finished)
+    def encode_shard(self, shard: TextShard, bar: Any) -> ShardRecord:
         left = None if self.config.max_tokens is None else self.config.max_tokens - self.tokens
         with self.clock("tokenize"):
-            windows = tokenize(self.encoder.tokenizer, shard.pieces, self.config.context_size, before, left)
+            windows = tokenize(self.encoder.tokenizer, shard.pieces, self.config.context_size, self.carry, left)
         layers = self.encoder.encode(windows, self.clock, bar)
         count = len(windows.token)
-        carry = (int(windows.document[-1]), int(windows.position[-1]) + 1) if count else before
+        carry = (int(windows.document[-1]), int(windows.position[-1]) + 1) if count else self.carry
         meta = {
             "carry": carry,
             "fit": {str(n): [found.squared_error, found.squared_deviation] for n, found in layers.items()},
@@ -225,23 +225,21 @@ class Job:
         with self.clock("write"):
             packed = {layer: found.packed for layer, found in layers.items()}
             arrays = shard_arrays(windows.document, windows.position, windows.token, packed)
-            record = self.writer.add(shard.index, key, arrays, meta)
+            record = self.writer.add(shard.index, self.shard_key(shard), arrays, meta)
         self.run_tokens += count
         return record
 
     def totals(self) -> dict[str, Any]:
-        finished = self.writer.finished
-        return {"tokens": self.tokens, "shards": len(finished), "rows": self.counts.as_dict()}
+        return {"tokens": self.tokens, "shards": len(self.records), "rows": self.counts.as_dict()}
 
     def result(self, seconds: float) -> EncodeResult:
-        finished = self.writer.finished
         return EncodeResult(
             store=str(self.config.out),
             tokens=self.tokens,
             documents=self.counts.documents,
-            shards=len(finished),
+            shards=len(self.records),
             counts=self.counts.as_dict(),
-            layers={str(layer): summarise(finished, layer) for layer in sorted(self.encoder.saes)},
+            layers={str(layer): summarise(self.records, layer) for layer in sorted(self.encoder.saes)},
             resumed_shards=self.resumed,
             run_tokens=self.run_tokens,
             run_seconds=round(seconds, 3),

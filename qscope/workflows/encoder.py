@@ -124,7 +124,7 @@ class LayerBuffer:
         x = x[sample].float()
         error = (self.sae.decode(acts[sample], indices[sample]).float() - x).double().square().sum()
         deviation = (x - x.mean(0)).double().square().sum()
-        return float(error), float(deviation)
+        return float(f"{float(error):.6g}"), float(f"{float(deviation):.6g}")  # the digits that mean something
 
     def finish(self) -> LayerFeatures:
         packed = pack_layer(self.top_acts, self.top_indices, self.sae.d_sae, self.norms)
