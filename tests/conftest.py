@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import setuptools  # noqa: F401  (inductor imports it late, and it refuses once the standard distutils is loaded)
 import torch
 
 if not torch.cuda.is_available():

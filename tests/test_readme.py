@@ -33,7 +33,8 @@ def test_python_example():
 
 def test_commands_and_options_exist(capsys):
     """Every `qscope ...` line of the README parses: names of commands and options are those of the program."""
-    found = re.findall(r"^qscope (\w+)((?:.|\\\n)*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
+    blocks = "".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    found = re.findall(r"^qscope (\w+)(.*?)(?:\s{2,}#.*)?$", blocks, re.MULTILINE)
     assert {name for name, _ in found} >= {"encode", "inspect", "store"}
     for name, rest in found:
         assert name in cli.COMMANDS
