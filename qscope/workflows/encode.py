@@ -64,7 +64,7 @@ class EncodeConfig:
     """Of the model: bfloat16, float16, float32, or auto (bfloat16 where the device computes in it)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on, or auto."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 8192
     """Tokens per forward pass, padding included."""
     shard_bytes: int = 1 << 18
     """Bytes of text per shard of the store: a killed run loses at most one shard's work."""
