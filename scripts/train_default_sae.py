@@ -245,10 +245,16 @@ def fit(cache: Path, out: Path, recipe: Recipe) -> None:
         d_in=train.shape[1],
         d_sae=recipe.d_sae,
         dtype="float16",
-        source="scripts/train_default_sae.py",
-        source_hash=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        source=out.name,
         context_size=CONTEXT,
-        training={"model_sha256": model_hash(str(path)), "recipe": asdict(recipe), "text": BUDGET, **facts},
+        training={
+            "model_sha256": model_hash(str(path)),
+            "script": "scripts/train_default_sae.py",
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            "recipe": asdict(recipe),
+            "text": BUDGET,
+            **facts,
+        },
     )
     trainer.sae(card).to(torch.float16).save(out, format="qscope")
     print(json.dumps(facts, indent=1))

@@ -168,6 +168,7 @@ class Job:
         self.config, self.encoder, self.writer, self.clock, self.counts = config, encoder, writer, clock, counts
         self.records = writer.finished
         self.tokens = self.run_tokens = self.resumed = 0
+        self.cut = False
         self.carry = (0, 0)
         """Document in which the next shard begins and how many of its tokens are stored: a long one may span shards."""
 
@@ -185,7 +186,8 @@ class Job:
             document, position = record.meta["carry"]
             self.carry = (document, position)
             count = shard.index + 1
-            if self.config.max_tokens is not None and self.tokens >= self.config.max_tokens:
+            self.cut = self.config.max_tokens is not None and self.tokens >= self.config.max_tokens
+            if self.cut:
                 break
             bar.expect(shard)
         self.drop_from(count)
@@ -230,15 +232,22 @@ class Job:
         return record
 
     def totals(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "shards": len(self.records), "rows": self.counts.as_dict()}
+        return {"tokens": self.tokens, "shards": len(self.records), "rows": self.rows()}
+
+    def rows(self) -> dict[str, int]:
+        """What became of the input rows. A run that stopped at `max_tokens` has read ahead: only rows that it used."""
+        if not self.cut:
+            return self.counts.as_dict()
+        last = self.records[-1].last_doc
+        return {"documents": 0 if last is None else last + 1}
 
     def result(self, seconds: float) -> EncodeResult:
         return EncodeResult(
             store=str(self.config.out),
             tokens=self.tokens,
-            documents=self.counts.documents,
+            documents=self.rows()["documents"],
             shards=len(self.records),
-            counts=self.counts.as_dict(),
+            counts=self.rows(),
             layers={str(layer): summarise(self.records, layer) for layer in sorted(self.encoder.saes)},
             resumed_shards=self.resumed,
             run_tokens=self.run_tokens,
