@@ -17,6 +17,8 @@ from qscope.report import doctor_text
 from qscope.workflows import doctor
 from qscope.workflows.doctor import OPERATORS, DoctorConfig, run
 
+ROOT = Path(__file__).parents[1]
+
 
 def found(result, name):
     return next(f for f in result.findings if f.name == name)
@@ -110,10 +112,16 @@ def test_a_part_that_breaks_is_a_finding(monkeypatch):
     assert gpu.value == "could not be asked: RuntimeError: the driver is"
 
 
-def test_a_wrong_setting_is_a_finding(monkeypatch):
-    monkeypatch.setenv("QSCOPE_NATIVE", "sometimes")
-    kernels = found(run(DoctorConfig()), "native CPU kernels")
-    assert not kernels.found and "auto, off, require" in kernels.value
+def test_a_wrong_setting_is_a_finding():
+    """In a process of its own: here the library may be loaded already, and the setting is not read again."""
+    command = [sys.executable, "-m", "qscope", "doctor", "--json"]
+    env = {**os.environ, "QSCOPE_NATIVE": "sometimes", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    kernels = next(f for f in report["findings"] if f["name"] == "native CPU kernels")
+    assert not kernels["found"] and "auto, off, require" in kernels["value"]
+    assert "auto, off, require" in next(b for b in report["backends"] if b["device"] == "cpu")["backend"]
 
 
 def test_a_compiler_that_hangs_does_not_hang_the_report(monkeypatch, tmp_path):

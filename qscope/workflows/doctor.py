@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope._version import __version__
+from qscope.errors import QscopeError
 from qscope.paths import cache_dir
 
 OPERATORS = ("topk_encode", "topk_select", "sparse_decode", "sparse_dot", "sparse_outer")
@@ -299,8 +300,11 @@ def _on_cpu(operator: str) -> Backend:
     if native.implements(operator, "cpu"):
         isa = native.cpu_isa()
         return Backend(operator, "cpu", f"C++, {_ISA.get(isa, isa)}", True)
-    if not _compiled():
-        return Backend(operator, "cpu", "C++ after its first use", True)
+    try:
+        if not _compiled():
+            return Backend(operator, "cpu", "C++ after its first use", True)
+    except QscopeError as error:  # a wrong QSCOPE_NATIVE, on which the operators would fail as well
+        return Backend(operator, "cpu", f"none: {error}", False)
     return Backend(operator, "cpu", "PyTorch reference", False)
 
 
@@ -310,7 +314,7 @@ def _on_cuda(operator: str) -> Backend:
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"qscope::{operator}", "CUDA")
     kernels = _cuda_kernels(operator) if own else set()
     if not kernels:
-        return Backend(operator, "cuda", "PyTorch reference" + (" in a CUDA wrapper" if own else ""), False)
+        return Backend(operator, "cuda", "PyTorch reference", False)
     if _version("triton") or _version("pytorch-triton"):
         return Backend(operator, "cuda", f"Triton ({', '.join(sorted(kernels))})", True)
     return Backend(operator, "cuda", "Triton, but triton is not installed", False)
