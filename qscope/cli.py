@@ -114,7 +114,7 @@ def _run(name: str, args: list[str], as_json: bool) -> int:
     if as_json:
         if command.page is not None:
             _resolve(command.page)(result)
-        print(json.dumps(to_json(result), ensure_ascii=False))
+        print(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:
         print(_resolve(command.render)(result))
     return int(getattr(result, "exit_status", 0))

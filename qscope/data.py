@@ -11,6 +11,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -72,7 +73,11 @@ def find_sources(inputs: Sequence[str | Path], options: TextOptions) -> list[Pat
         if str(entry) == STDIN:
             sources.append(entry)
         elif entry.is_dir():
-            inside = sorted(p for p in entry.rglob("*") if p.is_file() and _format_of(p, options) is not None)
+            inside = sorted(
+                path
+                for path in entry.rglob("*")
+                if path.is_file() and _format_of(path, options) is not None and not _in_store(path, entry)
+            )
             if not inside:
                 raise InputError(f"The folder {entry} holds no text that qscope reads. Accepted: {_ACCEPTED}.")
             sources += inside
@@ -88,6 +93,12 @@ def find_sources(inputs: Sequence[str | Path], options: TextOptions) -> list[Pat
     for path in sources:
         _check_readable(path)
     return sources
+
+
+def _in_store(path: Path, top: Path) -> bool:
+    """A feature store below the folder that is read (the output may lie there) is not text."""
+    folders = itertools.takewhile(lambda folder: folder != top.parent, path.parents)
+    return any((folder / "shards.jsonl").exists() and (folder / "manifest.json").exists() for folder in folders)
 
 
 def _format_of(path: Path, options: TextOptions) -> str | None:
@@ -324,6 +335,8 @@ def tokenize(
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # "<|im_start|>" in a text is text
+    backend.no_truncation()  # a tokenizer file may ask for either, and would drop text or store padding
+    backend.no_padding()
     encoded = backend.encode_batch_fast([p.text for p in pieces], add_special_tokens=False)
     documents, positions, tokens, starts = [], [], [], [0]
     seen, left = dict([carry]), max_tokens

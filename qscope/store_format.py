@@ -98,7 +98,10 @@ class SourceFile(_Frozen):
 
 
 class StoreSettings(_Frozen):
-    """Everything the features depend on. Two runs with equal settings and equal text write equal bytes."""
+    """Everything the features depend on. Two runs with equal settings and equal text write equal bytes.
+
+    `versions`: of the packages whose arithmetic or tokens could change; `device`: cpu, or the name of the GPU.
+    """
 
     store_version: PositiveInt = STORE_VERSION
     qscope_version: str
@@ -106,6 +109,8 @@ class StoreSettings(_Frozen):
     tokenizer_sha256: str
     saes: list[SAEIdentity] = Field(min_length=1)
     dtype: str
+    versions: dict[str, str] = {}
+    device: str = ""
     precision: str
     context_size: PositiveInt
     bos: bool = False

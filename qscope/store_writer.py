@@ -169,6 +169,8 @@ class StoreWriter:
         self.path = path
         self._manifest = manifest
         self._lock = lock
+        self.repaired: str | None = None
+        """What `repair` found wrong, if anything."""
         self._records: list[ShardRecord] = []
         self._journal_bytes = 0
 
@@ -343,6 +345,7 @@ class StoreWriter:
             for record in self._records:
                 problem = _size_problem(self.path / record.file, record.bytes)
                 if problem and repair:
+                    self.repaired = f"{self.path / record.file} was finished, but {problem}"
                     self.truncate_from(record.index)
                     break
                 if problem:

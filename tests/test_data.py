@@ -177,6 +177,11 @@ class Words:
     def __init__(self):
         self.backend_tokenizer = self
 
+    def no_truncation(self):
+        pass
+
+    no_padding = no_truncation
+
     def encode_batch_fast(self, texts, add_special_tokens):
         assert not add_special_tokens
         return [type("E", (), {"ids": [ord(c) for c in t]})() for t in texts]
@@ -196,6 +201,25 @@ def test_max_tokens_cuts_exactly():
         found = tokenize(Words(), [Piece(0, "abcde"), Piece(1, "fgh")], 3, (0, 0), max_tokens=limit)
         assert "".join(map(chr, found.token)) == "abcdefgh"[:limit]
         assert found.starts[-1] == limit
+
+
+def test_truncation_and_padding_of_the_tokenizer_are_switched_off():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8, pad_id=1)
+    wrapped = type("T", (), {"backend_tokenizer": backend})()
+    assert tokenize(wrapped, [Piece(0, "a " * 10), Piece(1, "a")], 64, (0, 0)).token.tolist() == [0] * 11
+
+
+def test_a_feature_store_inside_the_folder_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("aa")
+    (tmp_path / "codes" / "tokenizer").mkdir(parents=True)
+    for name in ("manifest.json", "shards.jsonl", "tokenizer/merges.txt"):
+        (tmp_path / "codes" / name).write_text("{}")
+    assert read(tmp_path)[0] == [Piece(0, "aa")]
 
 
 def test_special_token_strings_in_text_stay_text():

@@ -12,10 +12,11 @@ def render(result: EncodeResult) -> str:
         + (f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else "")
     ]
     for layer, facts in result.layers.items():
-        mean = facts["nnz"] / max(1, result.tokens - facts["nan_rows"])
+        nnz, nan, extreme = (int(facts[name] or 0) for name in ("nnz", "nan_rows", "extreme_rows"))
+        fit = "" if facts["fvu"] is None else f", FVU {facts['fvu']:.3f} on a sample of each shard"
         lines.append(
-            f"layer {layer}: {mean:.1f} active features a token, FVU {facts['fvu']:.3f} on a sample of each shard; "
-            f"{facts['extreme_rows']:.0f} tokens of extreme norm flagged, {facts['nan_rows']:.0f} NaN"
+            f"layer {layer}: {nnz / max(1, result.tokens - nan):.1f} active features a token{fit}; "
+            f"{extreme:,} tokens of extreme norm flagged, {nan:,} NaN"
         )
     left_out = {name: n for name, n in result.counts.items() if n and name != "documents"}
     if left_out:

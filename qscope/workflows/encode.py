@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ class EncodeResult:
     documents: int
     shards: int
     counts: dict[str, int]
-    layers: dict[str, dict[str, float]]
+    layers: dict[str, dict[str, float | None]]
     resumed_shards: int
     run_tokens: int
     run_seconds: float
@@ -127,7 +128,9 @@ def run(config: EncodeConfig) -> EncodeResult:
     clock = Clock()
     with clock("load"):
         encoder = load_encoder(config)
-    with StoreWriter.open(config.out, store_settings(config, encoder, sources)) as writer:
+    with StoreWriter.open(config.out, store_settings(config, encoder, sources), repair=True) as writer:
+        if writer.repaired:
+            print(f"qscope: {writer.repaired}; encoding again from there", file=sys.stderr)
         writer.save_tokenizer(encoder.tokenizer)
         job = Job(config, encoder, writer, clock, counts)
         start = time.perf_counter()
@@ -143,6 +146,8 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
         qscope_version=__version__,
         model=ModelIdentity(name=encoder.model_name, sha256=encoder.model_sha256),
         tokenizer_sha256=encoder.tokenizer_sha256,
+        versions={name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        device=encoder.device,
         saes=[
             SAEIdentity(layer=layer, sha256=sae.weight_hash(), d_sae=sae.d_sae, k=sae.k, source=sae.card.source)
             for layer, sae in sorted(encoder.saes.items())
@@ -181,7 +186,7 @@ class Job:
                 self.records.append(record)
             else:
                 self.resumed += 1
-                bar.update(record.tokens)
+                bar.skip(record.tokens)
             self.tokens += record.tokens
             document, position = record.meta["carry"]
             self.carry = (document, position)
@@ -257,7 +262,7 @@ class Job:
         )
 
 
-def summarise(finished: list[ShardRecord], layer: int) -> dict[str, float]:
+def summarise(finished: list[ShardRecord], layer: int) -> dict[str, float | None]:
     """Sums over shards of one layer; `fvu` = squared error over variance on each shard's sample of tokens."""
     records = [record.layers[layer] for record in finished]
     error, variance = (sum(record.meta["fit"][str(layer)][i] for record in finished) for i in (0, 1))
@@ -265,7 +270,7 @@ def summarise(finished: list[ShardRecord], layer: int) -> dict[str, float]:
         "nnz": sum(record.nnz for record in records),
         "nan_rows": sum(record.nan_rows for record in records),
         "extreme_rows": sum(record.extreme_rows for record in records),
-        "fvu": error / variance if variance else float("nan"),
+        "fvu": error / variance if variance else None,
     }
 
 
@@ -280,6 +285,11 @@ class Bar:
 
     def update(self, tokens: int) -> None:
         self.bar.update(tokens)
+
+    def skip(self, tokens: int) -> None:
+        """Tokens of an earlier run: they count, and not as speed."""
+        self.bar.initial += tokens
+        self.bar.n += tokens
 
     def expect(self, shard: TextShard) -> None:
         """After a shard: the rest of the text is taken to hold as many tokens per byte as what was read."""

@@ -40,6 +40,8 @@ class Encoder:
     model_sha256: str
     tokenizer_sha256: str
     dtype: str
+    device: str
+    """cpu, or the name of the GPU."""
     precision: str
     batch_tokens: int
     strict: bool
@@ -51,12 +53,18 @@ class Encoder:
         buffers = {layer: LayerBuffer(len(windows.token), sae) for layer, sae in self.saes.items()}
         for rows in batches(windows.starts, self.batch_tokens):
             ids, real, places = self.pad(windows, rows)
-            with clock("model"):
-                residual = residuals(self.model, ids, sorted(self.saes))
-            with clock("encode"):
-                for layer, buffer in buffers.items():
-                    hidden = residual[layer][:, 1:] if self.bos is not None else residual[layer]
-                    buffer.put(places, hidden[real], self.precision)
+            try:
+                with clock("model"):
+                    residual = residuals(self.model, ids, sorted(self.saes))
+                with clock("encode"):
+                    for layer, buffer in buffers.items():
+                        hidden = residual[layer][:, 1:] if self.bos is not None else residual[layer]
+                        buffer.put(places, hidden[real], self.precision)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"A batch of {ids.shape[0]} x {ids.shape[1]} tokens did not fit into the device's memory. Finished "
+                    f"shards are kept; in a new folder, try --batch-tokens {max(1, self.batch_tokens // 2)}."
+                ) from error
             bar.update(len(places))
         features = {layer: buffer.finish() for layer, buffer in buffers.items()}
         if self.strict:
@@ -144,10 +152,12 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
     model, tokenizer = load_model(path, device=device, dtype=config.dtype)
     sha256 = model_hash(path)
     name = config.model or embedded.DEFAULT_MODEL_NAME
+    local = Path(name).exists()
+    if local:  # the same folder by another path is the same model
+        name = Path(name).resolve().name
+    check_window(name, model, tokenizer, config)
     for layer, sae in saes.items():
-        check_fit(name, sha256, model, layer, sae, config.allow_mismatch)
-    if config.bos and tokenizer.bos_token_id is None:
-        raise InputError(f"--bos was given, and the tokenizer of {name} has no BOS token. Leave --bos out.")
+        check_fit(model, name, sha256, local, layer, sae, config.allow_mismatch)
     return Encoder(
         model=model,
         tokenizer=tokenizer,
@@ -156,11 +166,29 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
         model_sha256=sha256,
         tokenizer_sha256=tokenizer_hash(tokenizer),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         precision=config.precision,
         batch_tokens=config.batch_tokens,
         strict=config.strict,
         bos=tokenizer.bos_token_id if config.bos else None,
     )
+
+
+def check_window(name: str, model: Any, tokenizer: Any, config: "EncodeConfig") -> None:
+    """Refuse a tokenizer or a context size that the model cannot serve."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"The tokenizer of {name} ({type(tokenizer).__name__}) has no fast version, which qscope needs. Convert it "
+            "to a tokenizer.json with transformers, or take a model that has one."
+        )
+    if config.bos and tokenizer.bos_token_id is None:
+        raise InputError(f"--bos was given, and the tokenizer of {name} has no BOS token. Leave --bos out.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.context_size + config.bos > longest:
+        raise InputError(
+            f"--context-size {config.context_size}{' and a BOS token' if config.bos else ''} was given, and {name} was "
+            f"made for at most {longest} tokens. Give a smaller one."
+        )
 
 
 def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
@@ -181,23 +209,26 @@ def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
             f"{len(names)} SAEs were given for {len(layers)} layers. Accepted: one --sae for all layers, or one per "
             "layer."
         )
+    if len(set(config.layers)) < len(config.layers):
+        raise InputError(f"--layers {' '.join(map(str, config.layers))} names a layer twice. Name every layer once.")
     saes: dict[int, SAE] = {}
     for name, wanted in zip(names, layers, strict=True):
-        # A release needs the layer to find the file; where every layer has its own SAE, `check_fit` compares.
-        own_card = config.allow_mismatch and (Path(name) / "sae.json").exists()
-        chosen = None if len(config.sae) > 1 or own_card else wanted
-        sae = SAE.from_pretrained(name, layer=chosen, k=config.k, device=device)
+        own_card = config.allow_mismatch and (Path(name) / "sae.json").exists()  # whose layer is not insisted on
+        sae = SAE.from_pretrained(name, layer=None if own_card else wanted, k=config.k, device=device)
         layer = wanted if wanted is not None else sae.card.layer
         if layer is None:
             raise InputError(f"The SAE {name} does not say which layer it was made for. Say it with --layers.")
         if layer in saes:
-            raise InputError(f"Layer {layer} was asked for twice. Name every layer once.")
+            raise InputError(f"Two of the SAEs were made for layer {layer}. Name one SAE per layer.")
         saes[layer] = sae
     return saes
 
 
-def check_fit(name: str, sha256: str, model: Any, layer: int, sae: SAE, allow_mismatch: bool) -> None:
-    """Refuse an SAE that cannot fit (width, layer), and one made for another model or layer unless allowed."""
+def check_fit(model: Any, name: str, sha256: str, local: bool, layer: int, sae: SAE, allow_mismatch: bool) -> None:
+    """Refuse an SAE that cannot fit (width, layer), and one made for another model or layer unless allowed.
+
+    The name of a local folder tells nothing about the model in it, so only Hub names are compared.
+    """
     width, blocks = residual_width(model), num_layers(model)
     if sae.d_in != width:
         raise ModelError(
@@ -209,10 +240,10 @@ def check_fit(name: str, sha256: str, model: Any, layer: int, sae: SAE, allow_mi
     problems = []
     if sae.card.layer is not None and sae.card.layer != layer:
         problems.append(f"it was made for layer {sae.card.layer}, not {layer}")
-    trained_on = sae.card.training.get("model_sha256")
+    trained_on = (sae.card.training or {}).get("model_sha256")
     if trained_on is not None and trained_on != sha256:
         problems.append(f"it was trained on other weights than {name}'s (sha256 {trained_on[:12]}, not {sha256[:12]})")
-    elif trained_on is None and sae.card.model and not Path(name).exists() and sae.card.model != name:
+    elif trained_on is None and sae.card.model and not local and sae.card.model != name:
         problems.append(f"it was made for {sae.card.model}, not {name}")
     if problems and not allow_mismatch:
         raise ModelError(

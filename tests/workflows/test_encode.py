@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from qscope.errors import InputError, ModelError, StoreError
+from qscope.errors import CheckpointError, InputError, ModelError, StoreError
 from qscope.sae import SAE
 from qscope.store import FeatureStore
 from qscope.workflows.encode import EncodeConfig, run
@@ -109,6 +109,48 @@ def test_second_run_changes_nothing_and_other_settings_are_refused(tiny, corpus,
     with pytest.raises(StoreError, match="context_size: 64 -> 32"):
         run(config(tiny, corpus, out, context_size=32))
     assert checksums(out) == before
+
+
+def test_a_lost_or_cut_shard_is_encoded_again(tiny, corpus, encoded, tmp_path, capsys):
+    before = checksums(encoded[1])
+    for spoil in (lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])):
+        spoil(encoded[1] / "shard-00001.safetensors")
+        result = run(config(tiny, corpus, encoded[1]))
+        assert result.resumed_shards == 1
+        assert "shard-00001.safetensors was finished, but" in capsys.readouterr().err
+        assert checksums(encoded[1]) == before
+
+
+def test_output_inside_the_input_folder(tiny, texts, tmp_path):
+    (tmp_path / "a.txt").write_text(texts[0])
+    whole = run(config(tiny, tmp_path, tmp_path / "codes"))
+    again = run(config(tiny, tmp_path, tmp_path / "codes"))
+    assert again.resumed_shards == whole.shards and again.tokens == whole.tokens
+
+
+def test_another_path_to_the_same_model_resumes(tiny, corpus, encoded, tmp_path):
+    (tmp_path / "model").symlink_to(tiny.model)
+    again = run(config(tiny, corpus, encoded[1], model=str(tmp_path / "model")))
+    assert again.run_tokens == 0
+    assert "/" not in FeatureStore(encoded[1]).settings.model.name
+
+
+def test_an_sae_of_another_layer_is_encoded_when_allowed(tiny, corpus, tmp_path):
+    result = run(
+        config(tiny, corpus, tmp_path / "codes", sae=(tiny.saes[0],), layers=(1,), allow_mismatch=True, max_tokens=50)
+    )
+    assert list(result.layers) == ["1"]
+
+
+def test_one_token_has_no_fvu_and_prints(tiny, tmp_path):
+    from qscope.cli import to_json
+    from qscope.report.encode_text import render
+
+    (tmp_path / "a.txt").write_text("a")
+    result = run(config(tiny, tmp_path / "a.txt", tmp_path / "codes"))
+    assert result.tokens == 1 and result.layers["0"]["fvu"] is None
+    assert "FVU" not in render(result)
+    json.dumps(to_json(result), allow_nan=False)
 
 
 def test_changed_text_is_encoded_again_from_there(tiny, texts, tmp_path):
@@ -211,9 +253,12 @@ def sae_file(path, d_in=32, d_sae=64, k=4, layer=0):
     [
         (dict(text=("missing.jsonl",)), InputError, "no file or folder"),
         (dict(field="body"), InputError, "no field 'body'. Its fields: text, id"),
-        (dict(layers=(0, 7)), ModelError, "has the layers 0 to 2"),
-        (dict(layers=(2, 0)), ModelError, "made for layer 0, not 2"),
-        (dict(layers=(0, 0)), InputError, "Layer 0 was asked for twice"),
+        (dict(layers=(0, 7)), CheckpointError, "layer=2 according to the card .* layer=7 according to the argument"),
+        (dict(layers=(7, 8), allow_mismatch=True), ModelError, "has the layers 0 to 2"),
+        (dict(layers=(2, 0)), CheckpointError, "layer=0 according to the card"),
+        (dict(layers=(0, 0)), InputError, "names a layer twice"),
+        (dict(context_size=513), InputError, "made for at most 512 tokens"),
+        (dict(context_size=512, bos=True), InputError, "and a BOS token was given"),
         (dict(layers=(0, 1, 2)), InputError, "2 SAEs were given for 3 layers"),
         (dict(sae=()), InputError, "without --sae"),
         (dict(model="no-such-folder-or-model"), ModelError, "no-such-folder-or-model"),
