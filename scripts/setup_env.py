@@ -39,6 +39,26 @@ def fingerprint() -> str:
     return h.hexdigest()[:16]
 
 
+def has_pip(python: Path) -> bool:
+    """False for no environment, and for one whose creation failed half-way."""
+    return (
+        python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+    )
+
+
+def create(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+        sys.exit(f"{folder} is not empty and not a virtual environment. Give another folder: make VENV=FOLDER.")
+    print(f"creating {folder}", flush=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except (subprocess.CalledProcessError, ModuleNotFoundError):  # Debian packs ensurepip apart
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.exit("python3 cannot create a virtual environment: on Debian or Ubuntu install python3-venv.")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--upgrade", "pip"]
+    subprocess.run(pip, check=False)  # the oldest supported Pythons bring a pip without --dry-run; else no loss
+
+
 def configured_torch(python: Path) -> str:
     """The torch build that pip would install now, for example `2.13.0+cpu`; empty if it finds none."""
     command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
@@ -81,12 +101,8 @@ def main() -> None:
     if done.get("fingerprint") == fingerprint() and args.extra in done.get("covers", ()):
         return
     python = args.venv / "bin" / "python"
-    if not python.exists():
-        print(f"creating {args.venv}", flush=True)
-        try:
-            venv.create(args.venv, with_pip=True)
-        except subprocess.CalledProcessError:
-            sys.exit("python3 cannot create a virtual environment: on Debian or Ubuntu install python3-venv.")
+    if not has_pip(python):
+        create(args.venv)
     print(f"installing qscope[{args.extra}] into {args.venv} (once)", flush=True)
     try:
         install(python, args.extra, args.torch_index)
