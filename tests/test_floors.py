@@ -12,7 +12,7 @@ FLOORS = [
     ("qscope_kernels", 0),
     ("qscope._version", 0),
     ("qscope.errors", 0),
-    ("qscope.paths", 0),
+    ("qscope.files", 0),
     ("qscope.reference", 0),
     ("qscope.native", 0),
     ("qscope.ops", 1),

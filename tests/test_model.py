@@ -12,6 +12,7 @@ from torch import nn
 from qscope import model as qm
 from qscope import packages
 from qscope.errors import InputError, ModelError
+from qscope.files import file_sha256
 
 VOCAB, WIDTH, BLOCKS = 61, 32, 4
 
@@ -472,7 +473,7 @@ def test_model_hash_of_a_module():
 
 def test_model_hash_of_a_hub_snapshot_reads_the_blob_name(folder, tmp_path):
     """The Hub's cache stores a weight file under its sha256, with a link from the snapshot."""
-    digest = packages.file_sha256(folder / "model.safetensors")
+    digest = file_sha256(folder / "model.safetensors")
     snapshot, blobs = tmp_path / "snapshots" / "rev", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

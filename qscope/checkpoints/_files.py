@@ -1,6 +1,5 @@
 """Files as such: what a damaged one looks like, hashing, and writes that either happen or do not."""
 
-import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -8,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qscope.errors import CheckpointError, StorageError
-
-_READ = 1 << 22
+from qscope.files import file_sha256
 
 
 def head_of(path: Path) -> bytes:
@@ -37,14 +35,10 @@ def head_of(path: Path) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(_READ):
-                digest.update(block)
+        return file_sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

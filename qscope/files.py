@@ -1,5 +1,6 @@
-"""Where qscope keeps what it makes or fetches once."""
+"""Where qscope keeps what it makes or fetches once, and what a file holds."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,3 +12,12 @@ def cache_dir() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "qscope"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
