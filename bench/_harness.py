@@ -53,11 +53,13 @@ def common_facts(device: str) -> dict[str, Any]:
     }
 
 
-def measure(providers: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
+def measure(
+    providers: dict[str, Callable[[], Any]], device: str, rounds: int, check: Callable[[Any], None]
+) -> dict[str, list[float]]:
     """Milliseconds of every round of every provider. Rounds are interleaved, so that a slow spell of the
-    machine falls on all of them."""
+    machine falls on all of them. `check` gets every provider's result first and raises where it is wrong."""
     for call in providers.values():
-        call()
+        check(call())
     times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
         for name, call in providers.items():
@@ -114,5 +116,8 @@ class Report:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:  # git is not installed
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ import torch
 from filelock import FileLock  # a dependency of torch
 
 from qscope.errors import QscopeError
-from qscope.paths import cache_dir
+from qscope.files import cache_dir
 
 _HERE = Path(__file__).resolve().parent
 CSRC = _HERE / "_csrc" if (_HERE / "_csrc").is_dir() else _HERE.parent / "csrc"
@@ -69,9 +70,21 @@ def mode() -> str:
     return value
 
 
-def compiler() -> str | None:
-    """The C++ compiler that would be used, as a full path; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+def compiler() -> list[str] | None:
+    """The command that compiles C++, its program as a full path; None if there is none.
+
+    CXX may hold arguments and launchers ("ccache g++"), quoted as for a shell.
+    """
+    try:
+        command = shlex.split(_cxx())
+    except ValueError:  # a quote that is not closed: no program has that name
+        return None
+    program = shutil.which(command[0]) if command else None
+    return None if program is None else [program, *command[1:]]
+
+
+def _cxx() -> str:
+    return os.environ.get("CXX", "").strip() or "g++"
 
 
 def load(device: str = "cpu") -> bool:
@@ -91,11 +104,12 @@ def implements(name: str, device: str) -> bool:
 def status() -> Status:
     """Load what can be loaded, and say what that was."""
     loaded = load("cpu")
+    command = compiler()
     return Status(
         mode=mode(),
         loaded=loaded,
         library=str(_loaded["cpu"]) if loaded else None,
-        compiler=compiler(),
+        compiler=None if command is None else shlex.join(command),
         isa=cpu_isa() if loaded else None,
         problem=_problem,
     )
@@ -155,7 +169,7 @@ def _sources() -> list[Path]:
 def _key() -> str:
     """Hash of all that the library depends on: sources, flags, compiler, torch, kind of machine."""
     machine = [platform.machine(), *platform.libc_ver()]
-    parts = [*_FLAGS, os.environ.get("CXX", "g++"), torch.__version__, *machine]
+    parts = [*_FLAGS, _cxx(), torch.__version__, *machine]
     digest = hashlib.sha256("\0".join(parts).encode())
     for path in sorted(p for folder in ("cpu", "include") for p in (CSRC / folder).glob("*") if p.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -178,19 +192,18 @@ def _intact(library: Path) -> bool:
 def _compile(library: Path) -> None:
     cxx = compiler()
     if cxx is None:
-        name = os.environ.get("CXX", "g++")
-        raise NativeBuildError(f"the C++ compiler {name!r} was not found; install g++ or point CXX to a compiler.")
+        raise NativeBuildError(f"the C++ compiler {_cxx()!r} was not found; install g++ or point CXX to a compiler.")
     include, lib = (str(Path(torch.__file__).parent / name) for name in ("include", "lib"))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         jobs = []
         for source in _sources():
             target = Path(scratch) / f"{source.stem}.o"
             includes = ["-I", str(CSRC / "include"), "-isystem", include]
-            jobs.append((target, [cxx, *_FLAGS, *includes, "-c", str(source), "-o", str(target)]))
+            jobs.append((target, [*cxx, *_FLAGS, *includes, "-c", str(source), "-o", str(target)]))
         _run_all([command for _, command in jobs])
         output = Path(scratch) / library.name
         objects = [str(target) for target, _ in jobs]
-        _run_all([[cxx, "-shared", *objects, "-L", lib, "-ltorch_cpu", "-o", str(output)]])
+        _run_all([[*cxx, "-shared", *objects, "-L", lib, "-ltorch_cpu", "-o", str(output)]])
         digest = Path(scratch) / "digest"
         digest.write_text(hashlib.sha256(output.read_bytes()).hexdigest())
         output.replace(library)

@@ -69,6 +69,15 @@ _BLOCK_ROWS = 1 << 16
 _OPEN_SHARDS = 4
 
 
+class _ShardError(StoreError):
+    """A shard file that is not what was written. `verify` names several, and gives one `advice`."""
+
+    def __init__(self, path: Path, problem: str, advice: str) -> None:
+        super().__init__(f"{path} {problem}. {advice}")
+        self.summary = f"{path.name} {problem}"
+        self.advice = advice
+
+
 class Shard:
     """One finished shard. Nothing is read before it is asked for; the file is memory-mapped."""
 
@@ -116,19 +125,43 @@ class Shard:
     def _file(self) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        advice = "Restore the file, or run the encode command again."
         if self.path.is_symlink():
-            raise StoreError(f"{self.path} is a symbolic link; a store holds plain files. Copy the file itself there.")
+            raise _ShardError(self.path, "is a symbolic link", f"Put the file itself in place of {self.path.name}.")
         try:
             size = self.path.stat().st_size
             if size != self.record.bytes:
-                raise StoreError(f"{self.path} has {size} bytes instead of {self.record.bytes}. {advice}")
+                raise _ShardError(self.path, f"has {size} bytes instead of {self.record.bytes}", self._again())
             file = safe_open(self.path, framework="numpy")
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"{self.path} cannot be read: {error}. {advice}") from error
+        except FileNotFoundError as error:
+            raise _ShardError(self.path, "cannot be read: it is missing", self._again()) from error
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
+            raise _ShardError(self.path, problem, f"Make {self.path.name} readable.") from error
+        except SafetensorError as error:
+            raise _ShardError(self.path, f"cannot be read: {error}", self._again(delete=True)) from error
         if (file.metadata() or {}).get("settings_key") != self._settings_key:
-            raise StoreError(f"{self.path} was written with other settings than this store's. {advice}")
+            raise _ShardError(self.path, "was written with other settings than this store's", self._again(delete=True))
         return file
+
+    def _again(self, delete: bool = False) -> str:
+        # encode looks at the sizes of finished shards only; it does not read them.
+        first = f"Delete {self.path.name} and run" if delete else "Run"
+        again = f"it encodes shard {self.record.index} and what follows again"
+        return f"{first} the same `qscope encode` command again: {again}."
+
+    def verify(self) -> None:
+        """Compares the file's sha256 with the recorded one. `StoreError`: it is missing or was changed."""
+        self._file.metadata()
+        digest = hashlib.sha256()
+        try:
+            with open(self.path, "rb") as handle:
+                while chunk := handle.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
+            raise _ShardError(self.path, problem, f"Make {self.path.name} readable.") from error
+        if digest.hexdigest() != self.record.sha256:
+            raise _ShardError(self.path, "was changed: its sha256 is not the recorded one", self._again(delete=True))
 
     def _read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
         from safetensors import SafetensorError
@@ -151,23 +184,43 @@ class Shard:
 
 
 class StoredDocument:
-    """One document: `tokens` and `positions` [n] uint32, and its codes by layer."""
+    """One document, or a part of it. Nothing is read before it is asked for."""
 
-    def __init__(self, index: int, parts: list[tuple[Shard, slice]]) -> None:
+    def __init__(self, store: "FeatureStore", index: int, parts: list[tuple[ShardRecord, slice]]) -> None:
         self.index = index
-        self.tokens = _join([shard.token[rows] for shard, rows in parts], np.uint32)
-        self.positions = _join([shard.position[rows] for shard, rows in parts], np.uint32)
-        self._parts = parts
+        self._parts = parts  # never empty: an empty range still tells the shape of its codes
+        self._store = store
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return sum(rows.stop - rows.start for _, rows in self._parts)
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.uint32]:
+        """[n] token ids."""
+        return _join([self._store._cached(record).token[rows] for record, rows in self._parts], np.uint32)
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.uint32]:
+        """[n] positions within the document."""
+        return _join([self._store._cached(record).position[rows] for record, rows in self._parts], np.uint32)
 
     def codes(self, layer: int) -> LayerCodes:
         """Codes of the document's tokens, [n, K]."""
-        pieces = [shard.layer(layer, rows) for shard, rows in self._parts]
+        pieces = [self._store._cached(record).layer(layer, rows) for record, rows in self._parts]
         if len(pieces) == 1:
             return pieces[0]
         return LayerCodes(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
+
+    def part(self, rows: slice) -> "StoredDocument":
+        """A range of its tokens (step 1)."""
+        start, stop = _range(rows, len(self))
+        parts, first = [], 0
+        for record, held in self._parts:
+            low, high = max(start - first, 0) + held.start, min(stop - first + held.start, held.stop)
+            first += held.stop - held.start
+            if low < high:
+                parts.append((record, slice(low, high)))
+        return StoredDocument(self._store, self.index, parts or [(self._parts[0][0], slice(0, 0))])
 
 
 class FeatureStore:
@@ -194,9 +247,8 @@ class FeatureStore:
             )
         if not self.complete:
             warnings.warn(
-                f"{self.path} is incomplete: encoding has not finished, only the {len(self.records)}"
-                " finished shards are"
-                " read. Run the same encode command again to finish it.",
+                f"{self.path} is incomplete: encoding has not finished, only the {len(self.records)} finished shards"
+                " are read. Run the same encode command again to finish it.",
                 stacklevel=2,
             )
 
@@ -241,11 +293,12 @@ class FeatureStore:
         for record in self.records:
             if record.first_doc is None or record.last_doc is None or not record.first_doc <= index <= record.last_doc:
                 continue
-            shard = self._cached(record)
-            start, stop = (int(i) for i in np.searchsorted(shard.doc, [index, index + 1]))
-            parts.append((shard, slice(start, stop)))
-        filled = [part for part in parts if part[1].start < part[1].stop]
-        return StoredDocument(index, filled or [(self._cached(self.records[0]), slice(0, 0))])
+            start, stop = 0, record.tokens
+            if record.first_doc != record.last_doc:
+                start, stop = (int(i) for i in np.searchsorted(self._cached(record).doc, [index, index + 1]))
+            if start < stop:
+                parts.append((record, slice(start, stop)))
+        return StoredDocument(self, index, parts or [(self.records[0], slice(0, 0))])
 
     @overload
     def column(self, name: str, as_torch: Literal[False] = False) -> npt.NDArray[np.uint32]: ...
@@ -271,8 +324,7 @@ class FeatureStore:
             import scipy.sparse
         except ImportError as error:
             raise MissingPackageError(
-                f"FeatureStore.to_csr needs scipy, which cannot be imported ({error}). Install it: pip"
-                " install"
+                f"FeatureStore.to_csr needs scipy, which cannot be imported ({error}). Install it: pip install"
                 " 'qscope[report]' or pip install scipy."
             ) from error
         start, stop = _range(rows, self.num_tokens)
@@ -364,23 +416,17 @@ class FeatureStore:
 
     def verify(self) -> None:
         """Recomputes the sha256 of every shard. `StoreError`: some are missing or damaged."""
-        problems = []
+        damaged = []
         for shard in self:
             try:
-                shard._file.metadata()
-                digest = hashlib.sha256()
-                with open(shard.path, "rb") as handle:
-                    while chunk := handle.read(1 << 20):
-                        digest.update(chunk)
-            except (StoreError, OSError) as error:
-                problems.append(str(error))
-                continue
-            if digest.hexdigest() != shard.record.sha256:
-                problems.append(f"{shard.record.file} was changed: its sha256 is not the recorded one")
-        if problems:
+                shard.verify()
+            except _ShardError as error:
+                damaged.append(error)
+        if damaged:
+            named = "; ".join(error.summary for error in damaged[:5]) + ("; ..." if len(damaged) > 5 else "")
+            # The first one's advice serves all: what follows it is encoded again.
             raise StoreError(
-                f"{self.path}: {len(problems)} of {len(self)} shards are damaged: {'; '.join(problems[:5])}"
-                f"{'; ...' if len(problems) > 5 else ''} Restore them, or encode into a new folder."
+                f"{self.path}: {len(damaged)} of {len(self)} shards are damaged: {named}. {damaged[0].advice}"
             )
 
     def tokenizer(self) -> Any:

@@ -45,8 +45,9 @@ def export(store: FeatureStore, path: str | os.PathLike[str], to: str = "parquet
             for name in os.listdir(folder):
                 if name.startswith(".tmp-shard-") or (name.startswith("shard-") and name not in wanted):
                     (folder / name).unlink()
+        schema = _schema(store)
         for shard in store:
-            _export_shard(store, shard, folder / _name(shard))
+            _export_shard(store, shard, folder / _name(shard), schema)
     finally:
         lock.release()
 
@@ -89,7 +90,8 @@ def _claim(folder: Path, marker: bytes) -> None:
             raise StoreError(f"{folder} holds the export of another feature store. Give a new or empty folder.")
 
 
-def _schema(store: FeatureStore, shard: Shard) -> Any:
+def _schema(store: FeatureStore) -> Any:
+    """Of every file of the export, without the metadata that names its shard."""
     import pyarrow as pa
 
     fields = [pa.field(name, pa.uint32(), nullable=False) for name in COLUMNS]
@@ -102,8 +104,7 @@ def _schema(store: FeatureStore, shard: Shard) -> Any:
             pa.field(f"values_{layer}", pa.list_(value, store.k(layer)), nullable=False),
             pa.field(f"flags_{layer}", pa.uint8(), nullable=False),
         ]
-    metadata = {_SHARD_KEY: shard.record.sha256.encode(), b"qscope.settings_key": store.settings_key.encode()}
-    return pa.schema(fields, metadata)
+    return pa.schema(fields)
 
 
 def _is_done(path: Path, shard: Shard) -> bool:
@@ -119,12 +120,13 @@ def _is_done(path: Path, shard: Shard) -> bool:
     return bool(metadata.get(_SHARD_KEY) == shard.record.sha256.encode())
 
 
-def _export_shard(store: FeatureStore, shard: Shard, path: Path) -> None:
+def _export_shard(store: FeatureStore, shard: Shard, path: Path, schema: Any) -> None:
     import pyarrow.parquet as pq
 
     if _is_done(path, shard):
         return
-    schema = _schema(store, shard)
+    metadata = {_SHARD_KEY: shard.record.sha256.encode(), b"qscope.settings_key": store.settings_key.encode()}
+    schema = schema.with_metadata(metadata)
     # BYTE_STREAM_SPLIT would make the float16 values smaller, but DuckDB refuses it for that type.
     leaves = [f"indices_{layer}.list.element" for layer in store.layers]
     temporary = path.with_name(f".tmp-{path.name}")

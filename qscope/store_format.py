@@ -90,13 +90,6 @@ class TextOptions(_Frozen):
     strict: bool = False
 
 
-class SourceFile(_Frozen):
-    """One input, in order. `bytes`: its size when that is known."""
-
-    name: str
-    bytes: NonNegativeInt | None = None
-
-
 class StoreSettings(_Frozen):
     """Everything the features depend on. Two runs with equal settings and equal text write equal bytes.
 
@@ -110,7 +103,7 @@ class StoreSettings(_Frozen):
     saes: list[SAEIdentity] = Field(min_length=1)
     dtype: str
     versions: dict[str, str] = {}
-    device: str = ""
+    device: str
     precision: str
     context_size: PositiveInt
     bos: bool = False
@@ -118,7 +111,7 @@ class StoreSettings(_Frozen):
     max_tokens: PositiveInt | None = None
     shard_bytes: PositiveInt
     text: TextOptions = TextOptions()
-    sources: list[SourceFile] = []
+    sources: list[str] = []
 
     @model_validator(mode="after")
     def _one_sae_per_layer(self) -> "StoreSettings":

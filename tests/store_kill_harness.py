@@ -26,6 +26,7 @@ D_SAE = 70_000
 def settings_of(**changes):
     fields = {
         "qscope_version": "0.1.0",
+        "device": "cpu",
         "model": {"name": "tiny", "sha256": "a" * 64},
         "tokenizer_sha256": "b" * 64,
         "saes": [{"layer": 5, "sha256": "c" * 64, "d_sae": D_SAE, "k": 8}],

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -82,6 +83,20 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     compiler = found(result, "C++ compiler")
     assert not compiler.found and "no-such-compiler" in compiler.value
     assert any("g++" in advice for advice in result.advice)
+
+
+@pytest.mark.parametrize("launcher", ["env", "no-such-launcher"])
+def test_it_looks_for_the_compiler_where_the_compile_does(monkeypatch, launcher):
+    """CXX="ccache g++" was found here and not found by the compile."""
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("CXX", f"{launcher} {shlex.join(native.compiler())}")
+    assert found(run(DoctorConfig()), "C++ compiler").found == (native.compiler() is not None) == (launcher == "env")
+
+
+def test_a_missing_compiler_is_advised_on_once(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert doctor._compiler()[0].advice == doctor._native_advice("auto", None)
 
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(monkeypatch):

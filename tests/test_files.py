@@ -18,6 +18,4 @@ def test_cache_dir(monkeypatch, tmp_path):
 def test_file_sha256(tmp_path):
     """The example of FIPS 180-4."""
     (tmp_path / "abc").write_bytes(b"abc")
-    assert (
-        file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

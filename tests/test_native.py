@@ -1,6 +1,8 @@
 """Building, caching and loading the C++ kernels, each case in a process of its own."""
 
+import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,32 @@ def test_failed_compile_leaves_nothing_and_says_why(tmp_path, monkeypatch):
     with pytest.raises(native.NativeBuildError, match=r"broken\.cpp.*failed with status"):
         native.build()
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("launcher", ["env", "env -u NO_SUCH_VARIABLE"])
+def test_a_compiler_behind_a_launcher_compiles(tmp_path, monkeypatch, launcher):
+    """CXX is a command, as in `ccache g++`, not the name of one file."""
+    if native.mode() == "off" or native.compiler() is None:
+        pytest.skip("no C++ compiler, or QSCOPE_NATIVE=off")
+    sources = tmp_path / "csrc"
+    (sources / "cpu").mkdir(parents=True)
+    (sources / "include").mkdir()
+    (sources / "cpu" / "answer.cpp").write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(native, "CSRC", sources)
+    monkeypatch.setenv("QSCOPE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"{launcher} {shlex.join(native.compiler())}")
+    assert native.compiler()[0] == shutil.which("env")
+    assert ctypes.CDLL(str(native.build())).answer() == 42
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [("", "g++"), ("  ", "g++"), ("no-such-compiler -O2", None), ("'env", None), ("''", None)],
+)
+def test_what_cxx_may_hold(monkeypatch, given, command):
+    monkeypatch.setenv("CXX", given)
+    path = command and shutil.which(command)
+    assert native.compiler() == (path and [path])
 
 
 def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path):

@@ -42,7 +42,9 @@ def settings_of(d_sae=D_SAE, k=K, **changes):
         "precision": "exact",
         "context_size": 16,
         "shard_bytes": 1024,
-        "sources": [{"name": "corpus.jsonl", "bytes": 123}],
+        "versions": {"torch": "2.13.0"},
+        "device": "cpu",
+        "sources": ["corpus.jsonl"],
     }
     return StoreSettings.model_validate(fields | changes)
 
@@ -248,6 +250,53 @@ def test_codes_match_what_was_written(written, layer):
     assert [sum(r.layers[layer].nnz for r in store.records)] == [np.count_nonzero(dense[layer])]
     assert sum(r.layers[layer].nan_rows for r in store.records) == (flags[layer] & NAN_ROW != 0).sum()
     assert sum(r.layers[layer].extreme_rows for r in store.records) == 4
+
+
+@pytest.mark.parametrize("layer", D_SAE)
+def test_a_part_of_a_document_crosses_shards(written, layer):
+    document = FeatureStore(written[0]).document(3)
+    whole = document.codes(layer)
+    n = len(document)
+    for rows in (slice(0, 0), slice(5), slice(n - 3, None), slice(3, n - 3), slice(None), slice(0, 10 * n)):
+        part = document.part(rows)
+        assert len(part) == len(whole.flags[rows])
+        assert part.tokens.tolist() == document.tokens[rows].tolist()
+        assert part.positions.tolist() == document.positions[rows].tolist()
+        for mine, expected in zip(part.codes(layer), whole, strict=True):
+            np.testing.assert_array_equal(mine, expected[rows])
+        assert part.part(slice(2, 4)).positions.tolist() == document.positions[rows][2:4].tolist()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_shard_that_encode_would_write_again_says_so_once(tmp_path, damage):
+    """One advice, whether the shard is met by reading or by verify."""
+    make_store(tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    if damage == "short":
+        shard.write_bytes(data[:-1])
+    advice = "Run the same `qscope encode` command again: it encodes shard 1 and what follows again."
+    for use in (FeatureStore.verify, lambda store: store.document(4).tokens):
+        with pytest.raises(StoreError) as caught:
+            use(FeatureStore(tmp_path))
+        text = str(caught.value)
+        assert "shard-00001.safetensors" in text and text.endswith(f". {advice}")
+        assert text.count("again:") == 1 and "Restore" not in text and "new folder" not in text
+
+
+def test_a_changed_shard_of_the_right_size_has_to_be_deleted_first(tmp_path):
+    """encode compares sizes only, so that without this it would find nothing to do."""
+    make_store(tmp_path)
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with pytest.raises(StoreError, match="2 of 3 shards are damaged") as caught:
+        FeatureStore(tmp_path).verify()
+    assert str(caught.value).endswith(
+        ". Delete shard-00000.safetensors and run the same `qscope encode` command again: it encodes shard 0 and what"
+        " follows again."
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])

@@ -159,3 +159,31 @@ def test_other_engines_read_the_export(exported, reader):
         tokens, values = table["token"].to_list(), table["values_0"].to_list()
     assert tokens == [4, 5, 6, 7, 8, 9]
     assert values == np.concatenate([shard.layer(0).values for shard in FeatureStore(GOLDEN)]).tolist()
+
+
+def test_the_work_per_shard_does_not_grow_with_the_number_of_shards(tmp_path):
+    from qscope.store import StoreWriter, pack_layer, shard_arrays
+
+    class Counted(list):
+        rounds = 0
+
+        def __iter__(self):
+            self.rounds += 1
+            return super().__iter__()
+
+    fields = json.loads((GOLDEN / "manifest.json").read_text())["settings"]
+    fields["saes"] = [{"layer": 1, "sha256": "c" * 64, "d_sae": 8, "k": 1}]
+    settings = type(FeatureStore(GOLDEN).settings).model_validate(fields)
+    rounds = []
+    for shards in (1, 6):
+        folder = tmp_path / f"codes-{shards}"
+        with StoreWriter.open(folder, settings) as writer:
+            for index in range(shards):
+                packed = {1: pack_layer(np.array([[1.0]]), np.array([[3]]), 8)}
+                writer.add(index, "k", shard_arrays([index], [0], [0], packed))
+            writer.complete()
+        store = FeatureStore(folder)
+        store.records = Counted(store.records)
+        export(store, tmp_path / f"out-{shards}")
+        rounds.append(store.records.rounds)
+    assert rounds[0] == rounds[1]

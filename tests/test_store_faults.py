@@ -201,7 +201,7 @@ def test_a_changed_source_is_encoded_again_with_all_after_it(store, tmp_path):
 
 def test_other_settings_are_refused_and_named(store):
     before = contents(store)
-    changed = settings_of(precision="bf16", context_size=32, max_tokens=10, sources=[{"name": "a"}])
+    changed = settings_of(precision="bf16", context_size=32, max_tokens=10, sources=["a"])
     with pytest.raises(StoreError) as caught:
         StoreWriter.open(store, changed)
     text = message(caught)

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from qscope import native, reference
 from qscope.ops import topk_encode
+from qscope.ops._common import ieee_matmul
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -207,6 +210,86 @@ def test_no_gradient_through_inactive_entries():
     assert values.tolist() == [[2.0, 0.0, 0.0]] and indices.tolist() == [[0, 1, 2]]
     assert x.grad.tolist() == [[2.0, 0.0]]
     assert W.grad.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_add_nothing_to_gradients(bad, precision):
+    """NaN rows keep ids 0..k-1 and zero upstream would still be 0 * NaN in the weights' gradient."""
+    x, W, b = normals(9, 16, 64)
+    x[[2, 5], 3] = bad
+    rest = [0, 1, 3, 4, 6, 7, 8]
+    want = [x[rest].clone().requires_grad_(), *(t.clone().requires_grad_() for t in (W, b))]
+    got = [t.clone().requires_grad_() for t in (x, W, b)]
+    upstream = torch.randn(9, 50)
+    upstream[[2, 5]] = torch.nan
+    for leaves, grad in ((want, upstream[rest]), (got, upstream)):
+        values, _ = topk_encode(*leaves, 50, precision)
+        values.backward(grad.masked_fill(values == 0, torch.nan).to(values.dtype))
+    assert (got[0].grad[[2, 5]] == 0).all()
+    # A native row has the same bits in any batch; the reference's matrix product may differ in the last one.
+    exact = native.mode() != "off" and precision == "exact"
+    tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([got[0].grad[rest], got[1].grad, got[2].grad], [t.grad for t in want], **tolerance)
+
+
+def test_gradient_of_x_is_not_rounded_to_the_dtype_of_the_weights(monkeypatch):
+    x, W, _ = normals(6, 40, 64)
+    W = W.bfloat16()
+    monkeypatch.setattr("qscope.reference._workspace.WORKSPACE_BYTES", 64 * 4 * 7)  # blocks of 7 of the 40 columns
+    x.requires_grad_()
+    values, indices = topk_encode(x, W, None, 5)
+    values.sum().backward()
+    want = torch.einsum("nk,nkd->nd", (values > 0).double(), W[indices.long()].double())
+    torch.testing.assert_close(x.grad.double(), want, rtol=1e-6, atol=1e-6)  # five float32 additions
+
+
+@pytest.mark.parametrize("given", ["tf32", "ieee", "none"])
+def test_a_gpu_product_is_ieee_whatever_was_set(given):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = given
+    try:
+        with pytest.raises(KeyError), ieee_matmul():
+            assert matmul.fp32_precision == "ieee"
+            raise KeyError
+        assert matmul.fp32_precision == given
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_older_tf32_switch_is_kept_too():
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = True
+    try:
+        with ieee_matmul():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = "none"
+
+
+def test_threads_do_not_restore_the_matmul_setting_under_each_other():
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision = "tf32"
+    seen = []
+
+    def work():
+        for _ in range(50):
+            with ieee_matmul():
+                time.sleep(1e-5)
+                seen.append(matmul.fp32_precision)
+
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == ["ieee"] * 200 and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "none"
 
 
 @needs_native

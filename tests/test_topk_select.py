@@ -4,6 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from qscope import native, reference
 from qscope.ops import topk_select
@@ -120,6 +122,31 @@ def test_gradient_scatters_to_the_chosen_scores():
         grads.append(leaf.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
     assert (grads[0][2] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["distinct", "ties", "nan"])
+def test_reference_works_in_blocks_of_rows(monkeypatch, kind):
+    """The plain body also serves GPUs, where [N, F] masks of a large batch would fill the memory."""
+    N, F, rows = 64, 100, 4
+    scores = torch.randn(N, F) if kind != "ties" else torch.randint(0, 3, (N, F)).float()
+    if kind == "nan":
+        scores[10, 3] = torch.nan
+    want = reference.topk_select(scores, 7)
+    monkeypatch.setattr("qscope.reference._workspace.WORKSPACE_BYTES", rows * F * scores.element_size())
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            made = (t for t in tree_iter(out) if isinstance(t, torch.Tensor) and not t._is_view())
+            largest = max([largest, *(t.numel() for t in made)])
+            return out
+
+    with Watch():
+        got = reference.topk_select(scores, 7)
+    assert_same(got, want)
+    assert largest == max(rows * F, N * 7)
 
 
 def test_opcheck_and_compile():

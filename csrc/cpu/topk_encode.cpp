@@ -106,6 +106,7 @@ void encode_bf16(const Tensor& x, const Tensor& W, const std::optional<Tensor>& 
     Tensor part = x;
     const Tensor scores =
         torch::stable::contiguous(linear(cast(torch::stable::narrow(part, 0, n0, rows)), weight, bias));
+    require(scores.scalar_type() == ScalarType::BFloat16, "the scores must be bfloat16: autocast must be off here");
     select_rows(data<bf16>(scores), rows, F, k, /*relu=*/true, mutable_data<bf16>(values) + n0 * k,
                 mutable_data<int32_t>(indices) + n0 * k);
   }

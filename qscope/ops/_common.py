@@ -1,7 +1,9 @@
-"""What the operators share: how a body finds its native kernel, and how arguments are refused."""
+"""What the operators share: registration, how a body finds its native kernel, and how arguments are refused."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +14,48 @@ from qscope import native
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
 
+_library = torch.library.Library("qscope", "FRAGMENT")
+_fp32_precision_lock = threading.Lock()
 
-def body(reference: Callable[..., Any]) -> Callable[..., Any]:
+
+def operator(reference: Callable[..., Any], schema: str | None = None) -> Any:
+    """Register the operator that is named like its reference; without a schema it follows the annotations.
+
+    Autocast is off inside it: it would cast the matrix product in a body, whatever dtype the caller was promised.
+    It is switched off in the dispatcher, so that torch.ops.qscope and calls in a backward pass are covered too.
+    """
+    name = reference.__name__
+    op = torch.library.custom_op(f"qscope::{name}", _body(reference), mutates_args=(), schema=schema)
+
+    def without_autocast(device: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.autocast(device, enabled=False):
+                return op(*args)
+
+        return run
+
+    _library.impl(name, without_autocast("cpu"), "AutocastCPU")
+    _library.impl(name, without_autocast("cuda"), "AutocastCUDA")
+    return op
+
+
+@contextlib.contextmanager
+def ieee_matmul() -> Iterator[None]:
+    """Keep float32 matrix products on a GPU free of TF32, whatever the caller has set; restores the setting.
+
+    The setting belongs to the process: without the lock, one thread could restore TF32 while another computes.
+    """
+    matmul = torch.backends.cuda.matmul
+    with _fp32_precision_lock:
+        before = matmul.fp32_precision  # allow_tf32 cannot be read once a caller has used fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+def _body(reference: Callable[..., Any]) -> Callable[..., Any]:
     """An operator's default body: load the native library on the first CPU call, else run the reference.
 
     Once the library is loaded its kernel owns the CPU dispatch key, so this body is not reached again.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import body, call, check_devices, check_float, check_indices, check_sizes, shape_of
+from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
 from qscope.ops.sparse_dot import sparse_dot
 from qscope.ops.sparse_outer import sparse_outer
 
@@ -52,10 +52,8 @@ def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
 
 
 # No default for b_dec: the dispatcher drops arguments that equal their default, and the gradient counts them.
-_op = torch.library.custom_op(
-    "qscope::sparse_decode",
-    body(reference.sparse_decode),
-    mutates_args=(),
+_op = operator(
+    reference.sparse_decode,
     schema="(Tensor top_acts, Tensor top_indices, Tensor W_dec, Tensor? b_dec) -> Tensor",
 )
 

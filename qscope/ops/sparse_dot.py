@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import body, call, check_devices, check_float, check_indices, check_sizes, shape_of
+from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
 
 
 def sparse_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def sparse_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return call(_op, g, indices, W)
 
 
-_op = torch.library.custom_op("qscope::sparse_dot", body(reference.sparse_dot), mutates_args=())
+_op = operator(reference.sparse_dot)
 
 
 @_op.register_fake

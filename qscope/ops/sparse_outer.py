@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import body, call, check_devices, check_float, check_indices, check_sizes, shape_of
+from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
 
 
 def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, d_sae: int) -> tupl
     return call(_op, values, indices, g, d_sae)
 
 
-_op = torch.library.custom_op("qscope::sparse_outer", body(reference.sparse_outer), mutates_args=())
+_op = operator(reference.sparse_outer)
 
 
 @_op.register_fake

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import body, call, check_devices, check_float, check_k, check_sizes, shape_of
+from qscope.ops._common import call, check_devices, check_float, check_k, check_sizes, ieee_matmul, operator, shape_of
 from qscope.ops.sparse_decode import sparse_decode
 from qscope.ops.sparse_outer import sparse_outer
 
@@ -21,7 +21,8 @@ def topk_encode(
     Order: value descending, then lowest index; -0 equals +0. ReLU comes after the selection, so fewer than k
     positive scores give zeros at the end of a row. A row of scores that holds a NaN returns NaN for all its
     values and indices 0..k-1. The workspace does not grow with N. The gradient flows to x, W_enc and b_enc
-    through the selected entries whose value is positive.
+    through the selected entries whose value is positive and finite: a row of x that holds NaN or
+    infinity adds nothing to any gradient. It is summed in float32 and rounded once to the dtype of its input.
 
     Args:
         x: residuals, [N, D], float32, bfloat16 or float16; any strides.
@@ -56,10 +57,8 @@ def topk_encode(
 
 
 # No default for precision: the dispatcher drops arguments equal to a default, and the gradient counts them.
-_op = torch.library.custom_op(
-    "qscope::topk_encode",
-    body(reference.topk_encode),
-    mutates_args=(),
+_op = operator(
+    reference.topk_encode,
     schema="(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str precision) -> (Tensor, Tensor)",
 )
 
@@ -77,12 +76,8 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) ->
 
 @_op.register_kernel("cuda")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) -> tuple[Tensor, Tensor]:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # "exact" promises float32 scores whatever the caller has set
-    try:
+    with ieee_matmul():  # "exact" promises float32 scores
         return reference.topk_encode(x, W_enc, b_enc, k, precision)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -94,15 +89,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, W_enc, top_acts, top_indices = ctx.saved_tensors
-    grad = grad.float() * (top_acts > 0)
+    live = (top_acts > 0) & top_acts.isfinite()
+    dead_row = ~live.any(1, keepdim=True)
+    grad = grad.float().masked_fill(~live, 0)  # not a product: a dead entry may be handed NaN
     grad_x = grad_W = grad_b = None
     if ctx.needs_input_grad[0]:
-        grad_x = sparse_decode(grad, top_indices, W_enc, None).to(x.dtype)
+        grad_x = _grad_of_x(grad, top_indices, W_enc, x.dtype).masked_fill(dead_row, 0)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        rows, sums = sparse_outer(grad, top_indices, x, W_enc.shape[0])
+        # The dead entries of a row add 0 * x to features of their own, which must not be 0 * NaN.
+        rows, sums = sparse_outer(grad, top_indices, x.masked_fill(dead_row, 0), W_enc.shape[0])
         grad_W = rows.to(W_enc.dtype) if ctx.needs_input_grad[1] else None
         grad_b = sums.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return grad_x, grad_W, grad_b, None, None
+
+
+def _grad_of_x(grad: Tensor, top_indices: Tensor, W_enc: Tensor, dtype: torch.dtype) -> Tensor:
+    """sparse_decode rounds to the dtype of the weights. Where x has another one, upcast weights are decoded a
+    block of columns at a time: one pass over W_enc, without a float32 copy of it."""
+    if W_enc.dtype in (dtype, torch.float32):
+        return sparse_decode(grad, top_indices, W_enc, None).to(dtype)
+    step = reference.rows_per_block(W_enc.shape[0], torch.float32.itemsize)
+    parts = [sparse_decode(grad, top_indices, part.float(), None).to(dtype) for part in W_enc.split(step, dim=1)]
+    return torch.cat(parts, dim=1)
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import body, call, check_float, check_k
+from qscope.ops._common import call, check_float, check_k, operator
 
 
 def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return call(_op, scores, k)
 
 
-_op = torch.library.custom_op("qscope::topk_select", body(reference.topk_select), mutates_args=())
+_op = operator(reference.topk_select)
 
 
 @_op.register_fake

@@ -4,15 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qscope.reference._workspace import rows_per_block
 from qscope.reference.topk_select import topk_select
-
-# Scores are computed for a block of rows at a time, so that the workspace does not grow with N.
-WORKSPACE_BYTES = 64 << 20
-
-
-def rows_per_block(d_sae: int, itemsize: int) -> int:
-    """How many rows of scores fit in the workspace."""
-    return max(1, WORKSPACE_BYTES // max(1, d_sae * itemsize))
 
 
 def topk_encode(

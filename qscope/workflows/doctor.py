@@ -10,7 +10,6 @@ import inspect
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import warnings
@@ -21,7 +20,7 @@ from typing import Any
 
 from qscope._version import __version__
 from qscope.errors import QscopeError
-from qscope.paths import cache_dir
+from qscope.files import cache_dir
 
 OPERATORS = ("topk_encode", "topk_select", "sparse_decode", "sparse_dot", "sparse_outer")
 _CPU_FLAGS = (
@@ -205,11 +204,13 @@ def _nvcc() -> list[Finding]:
 
 
 def _compiler() -> list[Finding]:
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    text = _ask([*command, "--version"])
+    from qscope import native
+
+    command = native.compiler()
+    text = None if command is None else _ask([*command, "--version"])
     if text is None:
-        advice = "Install g++ (or name a C++20 compiler in CXX): the native CPU kernels are compiled on first use."
-        return [Finding("C++ compiler", f"{command[0]} not found or does not answer", False, advice)]
+        name = os.environ.get("CXX") or "g++"
+        return [Finding("C++ compiler", f"{name} not found or does not answer", False, _NO_COMPILER)]
     return [Finding("C++ compiler", _first_line(text), True)]
 
 

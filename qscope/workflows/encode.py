@@ -23,7 +23,7 @@ from qscope.data import (
     tokenize,
 )
 from qscope.errors import InputError
-from qscope.store_format import ModelIdentity, SAEIdentity, ShardRecord, SourceFile, StoreSettings
+from qscope.store_format import ModelIdentity, SAEIdentity, ShardRecord, StoreSettings
 from qscope.store_format import TextOptions as StoredTextOptions
 from qscope.store_packing import shard_arrays
 from qscope.store_writer import StoreWriter
@@ -160,7 +160,7 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
         max_tokens=config.max_tokens,
         shard_bytes=config.shard_bytes,
         text=StoredTextOptions(field=config.field, format=config.format, strict=config.strict),
-        sources=[SourceFile(name=path.name) for path in sources],
+        sources=[path.name for path in sources],
     )
 
 

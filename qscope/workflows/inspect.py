@@ -2,8 +2,8 @@
 
 The store is read twice, shard by shard. The first reading keeps, for every feature, sums and the places of
 its strongest activations (20 bytes per place, F x `contexts` places); after it the features to show are
-known, and the second reading collects their histograms, tokens and contexts. Memory depends on F and on
-what is shown, never on the length of the corpus.
+known, and the second reading collects their histograms, tokens and contexts. A text that is shown is read in
+blocks as well. Memory depends on F and on what is shown, never on the length of the corpus or of a text.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qscope.errors import InputError
-from qscope.store import FeatureStore, LayerCodes
+from qscope.store import FeatureStore, LayerCodes, StoredDocument
 from qscope.workflows.inspect_result import (
     ORDERS,
     Feature,
@@ -27,6 +27,7 @@ from qscope.workflows.inspect_scan import (
     ROWS,
     Gathered,
     Passage,
+    TextSums,
     Words,
     kept_rows,
     survey_store,
@@ -176,36 +177,42 @@ class _View:
     def text(self, number: int) -> Text:
         """A stored text: the leading features of its first 600 tokens, and of the whole."""
         document = self.store.document(number)
-        codes = document.codes(self.layer)
+        head = document.part(slice(_TEXT_TOKENS))
+        codes = head.codes(self.layer)
         keep = kept_rows(codes.flags, self.config.include_sinks)
         active = (codes.values > 0) & keep[:, None]
         ranked = np.where(active, codes.values * self.weight[codes.indices], -1.0)
         best = np.argsort(-ranked, axis=1, kind="stable")[:, :_PER_TOKEN]
         tokens = []
-        for row in range(min(len(keep), _TEXT_TOKENS)):
+        for row in range(len(head)):
             pairs = [(int(codes.indices[row, c]), float(codes.values[row, c])) for c in best[row] if active[row, c]]
-            tokens.append(TextToken(self.words[document.tokens[row]], pairs, not keep[row]))
-        return Text(number, len(keep), tokens, self._text_features(codes, active))
+            tokens.append(TextToken(self.words[head.tokens[row]], pairs, not keep[row]))
+        return Text(number, len(document), tokens, self._text_features(document, codes, active))
 
-    def _text_features(self, codes: LayerCodes, active: np.ndarray) -> list[TextFeature]:
-        """The first features of the text in the order `TEXT_ORDERS[order]`."""
+    def _text_features(self, document: StoredDocument, head: LayerCodes, active: np.ndarray) -> list[TextFeature]:
+        """The first features of the text in the order `TEXT_ORDERS[order]`.
+
+        head: codes of its shown tokens; active: [n, K] bool, which of them count.
+        """
         order = self.config.order
-        row, column = np.nonzero(active)
-        ids, place = np.unique(codes.indices[row, column], return_inverse=True)
-        value = codes.values[row, column].astype(np.float64)
-        total, count = np.bincount(place, weights=value), np.bincount(place)
-        density = self.survey.density[ids]
+        sums = TextSums(document, self.layer, self.survey.d_sae, self.config.include_sinks)
+        ids = np.flatnonzero(sums.count)
+        total, count, density = sums.total[ids], sums.count[ids], self.survey.density[ids]
         if order == "specific":
-            score = total * np.log(np.maximum(count / max(len(active), 1) / density, 1.0))
+            score = total * np.log(np.maximum(count / max(len(document), 1) / density, 1.0))
         else:
             score = total if order == "strongest" else count.astype(np.float64)
+        row, column = np.nonzero(active)
+        by_feature = np.argsort(head.indices[row, column], kind="stable")
+        row, column = row[by_feature], column[by_feature]
+        feature, value = head.indices[row, column], head.values[row, column]
         shown = []
         for i in np.lexsort((ids, -score))[: max(self.config.features, _PER_TEXT)]:
-            where, values = row[place == i].tolist(), value[place == i].tolist()
-            top = max(values)
-            pairs = [(w, v) for w, v in zip(where, values, strict=True) if w < _TEXT_TOKENS]
-            peak = where[values.index(top)]
-            shown.append(TextFeature(int(ids[i]), int(count[i]), float(total[i]), top, peak, float(density[i]), pairs))
+            f = int(ids[i])
+            mine = slice(*np.searchsorted(feature, [f, f + 1]))
+            pairs = list(zip(row[mine].tolist(), value[mine].tolist(), strict=True))
+            top, peak = float(sums.best_value[f]), int(sums.best_row[f])
+            shown.append(TextFeature(f, int(count[i]), float(total[i]), top, peak, float(density[i]), pairs))
         return shown
 
     def result(self, features: list[Feature], texts: list[Text], linked: list[Feature]) -> InspectResult:

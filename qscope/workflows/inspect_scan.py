@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from qscope.store import FeatureStore, LayerCodes, Shard
+from qscope.store import FeatureStore, LayerCodes, Shard, StoredDocument
 from qscope.store_packing import EXTREME_ROW, NAN_ROW
 from qscope.workflows.inspect_result import Context, TokenShare
 
@@ -101,6 +101,33 @@ def survey_store(store: FeatureStore, layer: int, contexts: int, window: int, in
             survey.add(feature, codes.values[row, slot], place, key)
         start += len(shard)
     return survey
+
+
+class TextSums:
+    """One text, read in blocks: per feature `count` int64, `total` f64, and the first of its strongest places.
+
+    All are [F]; `best_value` f32 is 0 and `best_row` int64 (token of the text) without meaning where it is silent.
+    """
+
+    def __init__(self, document: StoredDocument, layer: int, d_sae: int, include_sinks: bool):
+        self.count = np.zeros(d_sae, np.int64)
+        self.total = np.zeros(d_sae, np.float64)
+        self.best_value = np.zeros(d_sae, np.float32)
+        self.best_row = np.zeros(d_sae, np.int64)
+        for start in range(0, len(document), ROWS):
+            codes = document.part(slice(start, start + ROWS)).codes(layer)
+            keep = kept_rows(codes.flags, include_sinks)
+            row, slot = np.nonzero((codes.values > 0) & keep[:, None])
+            self._add(codes.indices[row, slot], codes.values[row, slot], row + start)
+
+    def _add(self, feature: np.ndarray, value: np.ndarray, row: np.ndarray) -> None:
+        self.count += np.bincount(feature, minlength=len(self.count))
+        self.total += np.bincount(feature, weights=value, minlength=len(self.count))
+        before = self.best_value.copy()
+        np.maximum.at(self.best_value, feature, value)
+        peak = (value == self.best_value[feature]) & (value > before[feature])
+        # Of several assignments to one place the last one stays: backwards, that is the earliest row.
+        self.best_row[feature[peak][::-1]] = row[peak][::-1]
 
 
 class Words:
