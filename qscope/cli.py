@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import sys
@@ -65,11 +66,30 @@ Exit status: 0 complete success, 1 a fault of qscope, 2 something to mend (one p
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of `python -m qscope`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark instead
     sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def dispatch(argv: list[str]) -> int:
     """Run one command and return the exit status."""
+    try:
+        status = _dispatch(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `qscope inspect ... | head`: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except QscopeError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nqscope: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS)) + 2
         print(USAGE.format(commands="\n".join(f"  {n:{width}}{c.help}" for n, c in COMMANDS.items())))
@@ -79,26 +99,18 @@ def dispatch(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        return _fail(f"There is no command {name!r}. The commands: {', '.join(COMMANDS)}.")
-    as_json = "--json" in rest
-    try:
-        return _run(name, [a for a in rest if a != "--json"], as_json)
-    except QscopeError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print(
-            "\nqscope: interrupted; what was finished is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
-    except BrokenPipeError:  # `qscope inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise QscopeError(f"There is no command {name!r}. The commands: {', '.join(COMMANDS)}.")
+    options = [a.partition("=")[0] for a in rest if a.startswith("--")]
+    twice = sorted({option for option in options if options.count(option) > 1})
+    if twice:
+        raise QscopeError(f"{', '.join(twice)} was given twice. Give every option once; several values go behind it.")
+    return _run(name, [a for a in rest if a != "--json"], as_json="--json" in rest)
 
 
 def _run(name: str, args: list[str], as_json: bool) -> int:
     command = COMMANDS[name]
     try:
+        import tqdm  # noqa: F401  (the commands that work long show progress with it)
         import tyro
     except ImportError as error:
         raise QscopeError("The command line needs a few small packages: pip install 'qscope[cli]'.") from error
@@ -114,7 +126,7 @@ def _run(name: str, args: list[str], as_json: bool) -> int:
     if as_json:
         if command.page is not None:
             _resolve(command.page)(result)
-        print(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(to_json(result), allow_nan=False))
     else:
         print(_resolve(command.render)(result))
     return int(getattr(result, "exit_status", 0))

@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,9 +75,7 @@ def find_sources(inputs: Sequence[str | Path], options: TextOptions) -> list[Pat
             sources.append(entry)
         elif entry.is_dir():
             inside = sorted(
-                path
-                for path in entry.rglob("*")
-                if path.is_file() and _format_of(path, options) is not None and not _in_store(path, entry)
+                path for path in _files_below(entry) if _format_of(path, options) and not _in_store(path, entry)
             )
             if not inside:
                 raise InputError(f"The folder {entry} holds no text that qscope reads. Accepted: {_ACCEPTED}.")
@@ -93,6 +92,18 @@ def find_sources(inputs: Sequence[str | Path], options: TextOptions) -> list[Pat
     for path in sources:
         _check_readable(path)
     return sources
+
+
+def _files_below(top: Path) -> Iterator[Path]:
+    """Regular files below a folder; one that cannot be listed is an error, not an absence of text."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"The folder {error.filename} cannot be read: {error.strerror}. Mend its permissions or leave it out."
+        ) from error
+
+    for folder, _, names in os.walk(top, onerror=refuse):
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 def _in_store(path: Path, top: Path) -> bool:
@@ -136,7 +147,11 @@ def read_pieces(sources: Sequence[Path], options: TextOptions, counts: ReadCount
 
 
 def _open(path: Path) -> IO[bytes]:
-    return sys.stdin.buffer if str(path) == STDIN else path.open("rb")
+    if str(path) != STDIN:
+        return path.open("rb")
+    if sys.stdin is None:
+        raise InputError("Text was to come from standard input (-), which is closed. Pipe text into the command.")
+    return sys.stdin.buffer
 
 
 def _read_txt(path: Path, options: TextOptions, counts: ReadCounts) -> Iterator[Piece]:
@@ -200,11 +215,21 @@ def _read_parquet(path: Path, options: TextOptions, counts: ReadCounts) -> Itera
             _check_field(path, dict.fromkeys(file.schema_arrow.names), options)
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[options.field]):
-                for text in batch.column(0).to_pylist():
+                for text in _strings(batch.column(0)):
                     row += 1
                     yield from _row(text, f"{path}, row {row}", options, counts)
     except pa.ArrowException as error:
         raise InputError(f"{path} is not a readable Parquet file: {error}. Mend the file or leave it out.") from error
+
+
+def _strings(column: Any) -> list[Any]:
+    """Python values of an Arrow column. Arrow does not check that its strings are UTF-8: `_mend` does."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raw = column.cast("large_string").cast("large_binary").to_pylist()
+        values = [value if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+    return values
 
 
 def _check_field(path: Path, row: Any, options: TextOptions) -> None:
@@ -256,16 +281,17 @@ def _mend(text: str, where: str, options: TextOptions, counts: ReadCounts) -> st
 
 def _cut(text: str, last: bool) -> tuple[list[str], str]:
     """Pieces of at most PIECE_CHARS, cut before white space so that words keep their tokens, and the rest."""
-    pieces = []
-    while len(text) > PIECE_CHARS:
-        at = max(text.rfind(" ", 1, PIECE_CHARS), text.rfind("\n", 1, PIECE_CHARS))
-        at = at if at > PIECE_CHARS // 2 else PIECE_CHARS
-        pieces.append(text[:at])
-        text = text[at:]
-    if last and text:
-        pieces.append(text)
-        text = ""
-    return pieces, text
+    pieces, start = [], 0
+    while len(text) - start > PIECE_CHARS:
+        end = start + PIECE_CHARS
+        at = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        at = at if at > start + PIECE_CHARS // 2 else end
+        pieces.append(text[start:at])
+        start = at
+    if last and start < len(text):
+        pieces.append(text[start:])
+        start = len(text)
+    return pieces, text[start:]
 
 
 # --- shards of text --------------------------------------------------------------------------------------

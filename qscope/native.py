@@ -185,7 +185,7 @@ def _intact(library: Path) -> bool:
     try:
         expected = _digest_file(library).read_text()
         return hashlib.sha256(library.read_bytes()).hexdigest() == expected
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

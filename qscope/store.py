@@ -438,7 +438,13 @@ class FeatureStore:
             )
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{folder} is damaged: {str(error).strip().splitlines()[0]} Delete that folder and run the same "
+                "`qscope encode` command again: it copies the tokenizer once more."
+            ) from error
 
     def _shard(self, record: ShardRecord) -> Shard:
         return Shard(self.path, record, self.settings, self.settings_key)

@@ -47,6 +47,7 @@ def export(store: FeatureStore, path: str | os.PathLike[str], to: str = "parquet
                     (folder / name).unlink()
         schema = _schema(store)
         for shard in store:
+            shard.verify()  # the export vouches for the shard's sha256
             _export_shard(store, shard, folder / _name(shard), schema)
     finally:
         lock.release()

@@ -72,13 +72,15 @@ class ModelIdentity(_Frozen):
 
 
 class SAEIdentity(_Frozen):
-    """The SAE of one layer. `sha256` is `SAE.weight_hash()`; `source` is where it came from, or None."""
+    """The SAE of one layer. `sha256` is `SAE.weight_hash()`; `source` is where it came from, or None; `mismatch`
+    says in what way it was made for something else, where that was allowed."""
 
     layer: int = Field(ge=0)
     sha256: str
     d_sae: int = Field(gt=0, lt=2**31)
     k: PositiveInt
     source: str | None = None
+    mismatch: str | None = None
 
 
 class TextOptions(_Frozen):

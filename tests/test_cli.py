@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,8 @@ import pytest
 from qscope import cli
 from qscope._version import __version__
 from qscope.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 def status(*argv):
@@ -49,6 +54,22 @@ def test_unknown_option_has_status_2(capsys):
     assert status("encode", "x.txt", "--no-such-option") == 2
 
 
+def test_an_option_given_twice_is_refused(capsys):
+    """The parser would keep the last value and drop the first without a word."""
+    assert status("encode", "x.txt", "--sae", "a", "--sae=b") == 2
+    assert "--sae was given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_output_that_nobody_reads_or_that_lacks_characters_is_no_fault(encoding):
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONIOENCODING": encoding}
+    env.pop("PYTHONUNBUFFERED", None)
+    store = ROOT / "tests" / "golden" / "store-v1"
+    command = f"{sys.executable} -m qscope store verify {store} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_json_is_one_object_on_standard_output(capsys):
     assert status("doctor", "--json") == 0
     assert isinstance(json.loads(capsys.readouterr().out), dict)
@@ -56,7 +77,7 @@ def test_json_is_one_object_on_standard_output(capsys):
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("mend this"), 2), (KeyboardInterrupt(), 130)])
 def test_errors_become_a_line_and_a_status(monkeypatch, capsys, error, code):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(cli, "_run", fail)

@@ -118,6 +118,38 @@ def test_invalid_utf8_is_replaced_and_counted_or_refused(tmp_path):
         read(path, strict=True)
 
 
+def test_invalid_utf8_in_parquet_is_replaced_and_counted(tmp_path):
+    """Arrow does not check that its strings are UTF-8."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    raw = pa.array([b"caf\xe9", None, b"fine"], pa.binary())
+    pq.write_table(pa.table({"text": raw.view(pa.string())}), tmp_path / "x.parquet")
+    pieces, counts = read(tmp_path / "x.parquet")
+    assert pieces == [Piece(0, "caf\ufffd"), Piece(2, "fine")]
+    assert (counts.replaced_bytes, counts.skipped) == (1, 1)
+    with pytest.raises(InputError, match="row 1 holds invalid UTF-8"):
+        read(tmp_path / "x.parquet", strict=True)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    """As root every folder can be listed, so the refusal of the system is played."""
+    (tmp_path / "a.txt").write_text("aa")
+
+    def walk(top, onerror):
+        yield str(top), [], ["a.txt"]
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "locked")))
+
+    monkeypatch.setattr(data.os, "walk", walk)
+    with pytest.raises(InputError, match="locked cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+def test_a_huge_row_is_cut_in_linear_time(tmp_path):
+    """Each cut copied the whole rest once: 64 MB would have been 32 GB of copying."""
+    text = "word " * (64 << 18)
+    pieces, rest = data._cut(text, last=True)
+    assert len(pieces) > 1000 and rest == "" and sum(map(len, pieces)) == len(text)
+
+
 def test_lone_surrogates_bom_and_nul(tmp_path):
     path = _write(tmp_path / "x.jsonl", b'\xef\xbb\xbf{"text": "a\\ud800b \\ud83d\\ude00 \\u0000"}')
     pieces, counts = read(path)

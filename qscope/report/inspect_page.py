@@ -6,6 +6,7 @@ one script keeps anything else from running.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -64,6 +65,8 @@ def write_page(result: InspectResult, path: Path) -> Path:
         scratch.write_text(page(result), encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise StorageError(f"The page {path} could not be written: {error}. Choose another --html path.") from error
     return path
 

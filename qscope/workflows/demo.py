@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qscope import embedded
+from qscope.errors import InputError
 from qscope.workflows import encode, inspect
 from qscope.workflows.inspect_result import InspectResult
 
@@ -30,7 +31,8 @@ class DemoResult:
 def run(config: DemoConfig) -> DemoResult:
     """Fetch the text and the model (once), encode, inspect. A second call finds the store complete."""
     start = time.perf_counter()
-    config.out.mkdir(parents=True, exist_ok=True)
+    if config.max_tokens < 1:
+        raise InputError(f"--max-tokens is {config.max_tokens}; it must be at least 1.")
     text = embedded.demo_text(config.out / "text.jsonl")
     store, page = config.out / "codes", config.out / "features.html"
     encoded = encode.run(encode.EncodeConfig(text=(str(text),), out=store, max_tokens=config.max_tokens))

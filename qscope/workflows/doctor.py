@@ -240,6 +240,10 @@ def _extras() -> list[Finding]:
 def _cache() -> list[Finding]:
     folder = cache_dir()
     if not folder.is_dir():
+        blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+        if blocked is not None:
+            value = f"{folder} cannot be made: {blocked} is a file"
+            return [Finding("cache", value, False, "Set QSCOPE_CACHE_DIR to a folder.")]
         return [Finding("cache", f"{folder}, empty", True)]
     files = total = 0
     for parent, _, names in os.walk(folder):

@@ -22,7 +22,7 @@ from qscope.data import (
     text_shards,
     tokenize,
 )
-from qscope.errors import InputError
+from qscope.errors import InputError, StoreError
 from qscope.store_format import ModelIdentity, SAEIdentity, ShardRecord, StoreSettings
 from qscope.store_format import TextOptions as StoredTextOptions
 from qscope.store_packing import shard_arrays
@@ -72,9 +72,11 @@ class EncodeConfig:
     strict: bool = False
     """Refuse invalid UTF-8, unusable rows and NaN activations instead of counting them."""
     allow_mismatch: bool = False
-    """Encode although the SAE was made for another model or layer; the store records both."""
+    """Encode although the SAE was made for another model or layer; the store records that."""
 
     def __post_init__(self) -> None:
+        if self.model == "":
+            raise InputError("--model is empty. Name a Hugging Face model, or leave --model out for the embedded one.")
         for name in ("context_size", "batch_tokens", "shard_bytes", "max_tokens", "k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,7 +151,14 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
         versions={name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         device=encoder.device,
         saes=[
-            SAEIdentity(layer=layer, sha256=sae.weight_hash(), d_sae=sae.d_sae, k=sae.k, source=sae.card.source)
+            SAEIdentity(
+                layer=layer,
+                sha256=sae.weight_hash(),
+                d_sae=sae.d_sae,
+                k=sae.k,
+                source=sae.card.source,
+                mismatch=encoder.mismatches[layer],
+            )
             for layer, sae in sorted(encoder.saes.items())
         ],
         dtype=encoder.dtype,
@@ -203,6 +212,10 @@ class Job:
             return None
         if self.records[shard.index].key == key:
             return self.records[shard.index]
+        if shard.index == 0:
+            raise StoreError(
+                f"{self.config.out} holds the features of other text. Give a new folder, or delete this one first."
+            )
         print(f"qscope: the text of shard {shard.index} changed; encoding again from there", file=sys.stderr)
         self.drop_from(shard.index)
         return None

@@ -36,6 +36,8 @@ class Encoder:
     model: Any
     tokenizer: Any
     saes: dict[int, SAE]
+    mismatches: dict[int, str | None]
+    """In what way an SAE was made for something else, where that was allowed."""
     model_name: str
     model_sha256: str
     tokenizer_sha256: str
@@ -156,12 +158,14 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
     if local:  # the same folder by another path is the same model
         name = Path(name).resolve().name
     check_window(name, model, tokenizer, config)
+    mismatches = {}
     for layer, sae in saes.items():
-        check_fit(model, name, sha256, local, layer, sae, config.allow_mismatch)
+        mismatches[layer] = check_fit(model, name, sha256, local, layer, sae, config.allow_mismatch)
     return Encoder(
         model=model,
         tokenizer=tokenizer,
         saes=saes,
+        mismatches=mismatches,
         model_name=name,
         model_sha256=sha256,
         tokenizer_sha256=tokenizer_hash(tokenizer),
@@ -224,10 +228,13 @@ def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
     return saes
 
 
-def check_fit(model: Any, name: str, sha256: str, local: bool, layer: int, sae: SAE, allow_mismatch: bool) -> None:
+def check_fit(
+    model: Any, name: str, sha256: str, local: bool, layer: int, sae: SAE, allow_mismatch: bool
+) -> str | None:
     """Refuse an SAE that cannot fit (width, layer), and one made for another model or layer unless allowed.
 
-    The name of a local folder tells nothing about the model in it, so only Hub names are compared.
+    The name of a local folder tells nothing about the model in it, so only Hub names are compared. Returns what does
+    not match, if that was allowed.
     """
     width, blocks = residual_width(model), num_layers(model)
     if sae.d_in != width:
@@ -248,5 +255,6 @@ def check_fit(model: Any, name: str, sha256: str, local: bool, layer: int, sae: 
     if problems and not allow_mismatch:
         raise ModelError(
             f"The SAE for layer {layer} does not belong here: {'; '.join(problems)}. Take the matching one, or say "
-            "--allow-mismatch to encode all the same (the store records both)."
+            "--allow-mismatch to encode all the same (the store records it)."
         )
+    return "; ".join(problems) or None

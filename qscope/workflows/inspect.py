@@ -133,8 +133,8 @@ class _View:
     def leading(self) -> list[int]:
         """The first features of the chosen order, lowest id first among equals; dead ones never."""
         score = self.survey.score(self.config.order)
-        ranking = np.argsort(-score, kind="stable")[: self.config.features]
-        return [int(f) for f in ranking if self.survey.count[f] > 0]
+        active = np.flatnonzero(self.survey.count)
+        return active[np.argsort(-score[active], kind="stable")[: self.config.features]].tolist()
 
     def features(self, chosen: list[int]) -> list[Feature]:
         """The second reading: all that is shown of the chosen features."""

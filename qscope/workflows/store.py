@@ -44,6 +44,7 @@ def run(config: StoreConfig) -> StoreResult:
             raise InputError("--out belongs to `store export`; `store verify` writes nothing.")
         store.verify()
     else:
-        out = config.out or config.store.with_name(f"{config.store.name}-{config.to}")
+        folder = config.store.resolve()
+        out = config.out or folder.with_name(f"{folder.name}-{config.to}")
         export(store, out, to=config.to)
     return StoreResult(config.action, str(config.store), store.num_tokens, len(store), str(out) if out else None)

@@ -140,6 +140,7 @@ def test_an_sae_of_another_layer_is_encoded_when_allowed(tiny, corpus, tmp_path)
         config(tiny, corpus, tmp_path / "codes", sae=(tiny.saes[0],), layers=(1,), allow_mismatch=True, max_tokens=50)
     )
     assert list(result.layers) == ["1"]
+    assert FeatureStore(tmp_path / "codes").settings.saes[0].mismatch == "it was made for layer 0, not 1"
 
 
 def test_one_token_has_no_fvu_and_prints(tiny, tmp_path):
@@ -162,6 +163,16 @@ def test_changed_text_is_encoded_again_from_there(tiny, texts, tmp_path):
     assert 0 < result.resumed_shards < result.shards
     run(config(tiny, path, tmp_path / "b"))
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+
+
+def test_other_text_under_the_same_name_is_refused(tiny, texts, tmp_path):
+    path = write_jsonl(tmp_path / "docs.jsonl", texts[:3])
+    run(config(tiny, path, tmp_path / "codes"))
+    before = checksums(tmp_path / "codes")
+    write_jsonl(path, texts[5:8])
+    with pytest.raises(StoreError, match="features of other text"):
+        run(config(tiny, path, tmp_path / "codes"))
+    assert checksums(tmp_path / "codes") == before
 
 
 def test_shorter_text_drops_the_shards_behind_it(tiny, texts, tmp_path):
