@@ -65,8 +65,8 @@ class EncodeConfig:
     """Of the model: bfloat16, float16, float32, or auto (bfloat16 where the device computes in it)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 and so on, or auto."""
-    batch_tokens: int = 8192
-    """Tokens per forward pass, padding included."""
+    batch_tokens: int | None = None
+    """Tokens per forward pass, padding included. Default: 1024 on a CPU, 8192 on a GPU."""
     shard_bytes: int = 1 << 18
     """Bytes of text per shard of the store: a killed run loses at most one shard's work."""
     strict: bool = False
@@ -165,7 +165,7 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
         precision=config.precision,
         context_size=config.context_size,
         bos=config.bos,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=encoder.batch_tokens,
         max_tokens=config.max_tokens,
         shard_bytes=config.shard_bytes,
         text=StoredTextOptions(field=config.field, format=config.format, strict=config.strict),

@@ -17,6 +17,9 @@ from qscope.store_packing import EXTREME_FACTOR, NAN_ROW, pack_layer
 if TYPE_CHECKING:
     from qscope.workflows.encode import EncodeConfig
 
+# On a CPU (SmolLM2-135M, two cores): 1,940 tokens/s at 1024, 1,840 at 2048, 1,480 at 8192, where a batch's activations
+# leave the cache. On a GPU: enough to fill it, not measured.
+BATCH_TOKENS = {False: 1024, True: 8192}
 FIT_TOKENS = 1024  # tokens of each shard on which the reconstruction error is measured
 
 
@@ -172,7 +175,7 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         precision=config.precision,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=config.batch_tokens or BATCH_TOKENS[model.device.type == "cuda"],
         strict=config.strict,
         bos=tokenizer.bos_token_id if config.bos else None,
     )
