@@ -31,7 +31,7 @@ from qscope.store_format import (
     read_journal,
     read_manifest,
 )
-from qscope.store_hits import BestHits, FeatureHits
+from qscope.store_hits import BestHits, FeatureHits, join, row_range
 from qscope.store_packing import (
     COLUMNS,
     EXTREME_ROW,
@@ -166,7 +166,7 @@ class Shard:
     def _read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
         from safetensors import SafetensorError
 
-        start, stop = _range(rows, len(self))
+        start, stop = row_range(rows, len(self))
         dtypes, shape = self._forms[name]
         try:
             part = self._file.get_slice(name)
@@ -197,12 +197,12 @@ class StoredDocument:
     @cached_property
     def tokens(self) -> npt.NDArray[np.uint32]:
         """[n] token ids."""
-        return _join([self._store._cached(record).token[rows] for record, rows in self._parts], np.uint32)
+        return join([self._store._cached(record).token[rows] for record, rows in self._parts], np.uint32)
 
     @cached_property
     def positions(self) -> npt.NDArray[np.uint32]:
         """[n] positions within the document."""
-        return _join([self._store._cached(record).position[rows] for record, rows in self._parts], np.uint32)
+        return join([self._store._cached(record).position[rows] for record, rows in self._parts], np.uint32)
 
     def codes(self, layer: int) -> LayerCodes:
         """Codes of the document's tokens, [n, K]."""
@@ -213,7 +213,7 @@ class StoredDocument:
 
     def part(self, rows: slice) -> "StoredDocument":
         """A range of its tokens (step 1)."""
-        start, stop = _range(rows, len(self))
+        start, stop = row_range(rows, len(self))
         parts, first = [], 0
         for record, held in self._parts:
             low, high = max(start - first, 0) + held.start, min(stop - first + held.start, held.stop)
@@ -308,7 +308,7 @@ class FeatureStore:
         """`doc`, `position` or `token` of all tokens, [num_tokens] uint32; as_torch: an int64 tensor."""
         if name not in COLUMNS:
             raise InputError(f"column {name!r} is not in a feature store; it has {', '.join(COLUMNS)}.")
-        joined = _join([getattr(shard, name) for shard in self], np.uint32)
+        joined = join([getattr(shard, name) for shard in self], np.uint32)
         if not as_torch:
             return joined
         import torch
@@ -327,7 +327,7 @@ class FeatureStore:
                 f"FeatureStore.to_csr needs scipy, which cannot be imported ({error}). Install it: pip install"
                 " 'qscope[report]' or pip install scipy."
             ) from error
-        start, stop = _range(rows, self.num_tokens)
+        start, stop = row_range(rows, self.num_tokens)
         counts, ids, values = [np.zeros(1, np.int64)], [], []
         for shard, first in zip(self, self._starts[:-1], strict=True):
             inside = slice(max(0, start - int(first)), max(0, min(len(shard), stop - int(first))))
@@ -338,7 +338,7 @@ class FeatureStore:
             counts.append(active.sum(axis=1, dtype=np.int64))
             ids.append(codes.indices[active])
             values.append(codes.values[active])
-        parts = (_join(values, np.float32), _join(ids, np.int32), np.cumsum(np.concatenate(counts)))
+        parts = (join(values, np.float32), join(ids, np.int32), np.cumsum(np.concatenate(counts)))
         return scipy.sparse.csr_matrix(parts, shape=(stop - start, self.d_sae(layer)))
 
     def feature(self, layer: int, feature: int) -> FeatureHits:
@@ -351,7 +351,7 @@ class FeatureStore:
                 docs.append(shard.doc[rows][row])
                 positions.append(shard.position[rows][row])
                 values.append(codes.values[row, slot])
-        return FeatureHits(_join(docs, np.uint32), _join(positions, np.uint32), _join(values, np.float32))
+        return FeatureHits(join(docs, np.uint32), join(positions, np.uint32), join(values, np.float32))
 
     def feature_counts(self, layer: int, exclude_flagged: bool = True) -> npt.NDArray[np.int64]:
         """Tokens at which each feature is active, [F] int64. exclude_flagged: without flagged rows."""
@@ -492,14 +492,3 @@ class _Rows:
     @property
     def position(self) -> npt.NDArray[np.uint32]:
         return self._shard.position[self._rows][self._row]
-
-
-def _range(rows: slice | None, size: int) -> tuple[int, int]:
-    start, stop, step = (rows or slice(None)).indices(size)
-    if step != 1:
-        raise InputError(f"rows {rows} has step {step}; a feature store reads ranges with step 1.")
-    return start, max(start, stop)
-
-
-def _join(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qscope.errors import InputError
+
 
 class FeatureHits(NamedTuple):
     """Tokens at which a feature is active, all arrays [hits]."""
@@ -40,3 +42,16 @@ class BestHits(NamedTuple):
         both = both.taken(np.lexsort((both.position, both.doc, -both.value, both.slot)))
         rank = np.arange(len(both.slot)) - np.searchsorted(both.slot, both.slot, side="left")
         return both.taken(rank < n)
+
+
+def row_range(rows: slice | None, size: int) -> tuple[int, int]:
+    """(start, stop) of a slice over `size` rows; `InputError` for a step other than 1."""
+    start, stop, step = (rows or slice(None)).indices(size)
+    if step != 1:
+        raise InputError(f"rows {rows} has step {step}; a feature store reads ranges with step 1.")
+    return start, max(start, stop)
+
+
+def join(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+    """The arrays one after the other; an empty one of `dtype` where there are none."""
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
