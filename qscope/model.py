@@ -257,6 +257,8 @@ def _device(given: str | torch.device) -> torch.device:
         device = torch.device(given)
     except RuntimeError as error:
         raise ModelError(f"Device {given!r} was given; cpu, cuda, cuda:1 or auto are accepted.") from error
+    if device.type == "meta":
+        raise ModelError("Device 'meta' was given, which holds no numbers; cpu, cuda, cuda:1 or auto are accepted.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"Device {device} was given, and torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "

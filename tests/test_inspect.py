@@ -464,3 +464,8 @@ def test_the_result_is_plain_data(small, tmp_path):
     loaded = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert loaded["features"][0]["contexts"][0]["tokens"] == result.features[0].contexts[0].tokens
     assert loaded["html"] == str(tmp_path / "page.html")
+
+
+def test_more_contexts_than_memory_holds_are_refused(tmp_path):
+    with pytest.raises(InputError, match="at most 1000 per feature"):
+        run(InspectConfig(store=tmp_path, contexts=10**9))

@@ -93,10 +93,18 @@ def run(config: InspectConfig) -> InspectResult:
     return view.result(features, texts, view.features(list(dict.fromkeys(linked))))
 
 
+MOST_CONTEXTS = 1000  # of every feature: their places are kept for all F features while the store is read
+
+
 def _check(config: InspectConfig) -> None:
     for name, least in (("features", 1), ("contexts", 1), ("window", 0), ("texts", 0)):
         if getattr(config, name) < least:
             raise InputError(f"{name}={getattr(config, name)} was given; it has to be {least} or more.")
+    if config.contexts > MOST_CONTEXTS:
+        raise InputError(
+            f"contexts={config.contexts} was given; at most {MOST_CONTEXTS} per feature are kept. The store itself "
+            "gives all of them: FeatureStore.feature(layer, feature)."
+        )
     if config.order not in ORDERS:
         raise InputError(f"order={config.order!r} was given; it has to be one of {', '.join(ORDERS)}.")
     if config.feature is not None and config.document is not None:
