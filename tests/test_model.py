@@ -495,8 +495,3 @@ def test_tokenizer_hash(folder, copy):
     content["normalizer"] = {"type": "Lowercase"}
     (copy / "tokenizer.json").write_text(json.dumps(content))
     assert qm.tokenizer_hash(AutoTokenizer.from_pretrained(copy)) != known
-
-
-def test_the_device_without_numbers_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="holds no numbers"):
-        qm.load_model(str(tmp_path), device="meta")

@@ -272,6 +272,7 @@ def sae_file(path, d_in=32, d_sae=64, k=4, layer=0):
         (dict(context_size=512, bos=True), InputError, "and a BOS token was given"),
         (dict(layers=(0, 1, 2)), InputError, "2 SAEs were given for 3 layers"),
         (dict(sae=()), InputError, "without --sae"),
+        (dict(device="meta"), (ModelError, InputError), "meta"),
         (dict(model="no-such-folder-or-model"), ModelError, "no-such-folder-or-model"),
     ],
 )
