@@ -1,17 +1,11 @@
 """Where qscope keeps what it makes or fetches once, and what a file holds."""
 
 import hashlib
-import os
 from pathlib import Path
 
+from qscope_kernels._build import cache_dir
 
-def cache_dir() -> Path:
-    """`QSCOPE_CACHE_DIR`, else `XDG_CACHE_HOME/qscope`, else `~/.cache/qscope`."""
-    given = os.environ.get("QSCOPE_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qscope"
+__all__ = ["cache_dir", "file_sha256"]
 
 
 def file_sha256(path: Path) -> str:

@@ -9,26 +9,23 @@ Environment: QSCOPE_NATIVE=auto|off|require, QSCOPE_CACHE_DIR (else XDG_CACHE_HO
 """
 
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import subprocess
-import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock  # a dependency of torch
+from qscope_kernels import _build
+from qscope_kernels._build import BuildError
 
 from qscope.errors import QscopeError
 from qscope.files import cache_dir
 
-_HERE = Path(__file__).resolve().parent
-CSRC = _HERE / "_csrc" if (_HERE / "_csrc").is_dir() else _HERE.parent / "csrc"
+CSRC = _build.CSRC
 MODES = ("auto", "off", "require")
 ISA_NAMES = ("portable", "avx2", "avx512")
 
@@ -125,19 +122,15 @@ def cpu_isa(limit: str | None = None) -> str:
 
 def cached() -> bool:
     """True if the library is compiled already, so that loading it takes milliseconds."""
-    return _intact(cache_dir() / f"cpu-{_key()}.so")
+    return _build.intact(cache_dir() / f"cpu-{_key()}.so")
 
 
 def build() -> Path:
     """Compile the CPU library unless an intact one is cached; returns its path."""
-    library = cache_dir() / f"cpu-{_key()}.so"
-    if _intact(library):
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{library}.lock"):
-        if not _intact(library):  # another process may have built it while we waited
-            _compile(library)
-    return library
+    try:
+        return _build.build(cache_dir() / f"cpu-{_key()}.so", _compile)
+    except BuildError as error:
+        raise NativeBuildError(str(error)) from error
 
 
 def _try_load() -> Path | None:
@@ -162,58 +155,22 @@ def _try_load() -> Path | None:
         return None
 
 
-def _sources() -> list[Path]:
-    return sorted((CSRC / "cpu").glob("*.cpp"))
-
-
 def _key() -> str:
     """Hash of all that the library depends on: sources, flags, compiler, torch, kind of machine."""
     machine = [platform.machine(), *platform.libc_ver()]
-    parts = [*_FLAGS, _cxx(), torch.__version__, *machine]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(p for folder in ("cpu", "include") for p in (CSRC / folder).glob("*") if p.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return _build.key([*_FLAGS, _cxx(), torch.__version__, *machine], [CSRC / "cpu", CSRC / "include"])
 
 
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _intact(library: Path) -> bool:
-    """A truncated library would kill the process when mapped, so its hash is checked first."""
-    try:
-        expected = _digest_file(library).read_text()
-        return hashlib.sha256(library.read_bytes()).hexdigest() == expected
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def _compile(library: Path) -> None:
+def _compile(scratch: Path, output: Path) -> None:
     cxx = compiler()
     if cxx is None:
-        raise NativeBuildError(f"the C++ compiler {_cxx()!r} was not found; install g++ or point CXX to a compiler.")
+        raise BuildError(f"the C++ compiler {_cxx()!r} was not found; install g++ or point CXX to a compiler.")
     include, lib = (str(Path(torch.__file__).parent / name) for name in ("include", "lib"))
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        jobs = []
-        for source in _sources():
-            target = Path(scratch) / f"{source.stem}.o"
-            includes = ["-I", str(CSRC / "include"), "-isystem", include]
-            jobs.append((target, [*cxx, *_FLAGS, *includes, "-c", str(source), "-o", str(target)]))
-        _run_all([command for _, command in jobs])
-        output = Path(scratch) / library.name
-        objects = [str(target) for target, _ in jobs]
-        _run_all([[*cxx, "-shared", *objects, "-L", lib, "-ltorch_cpu", "-o", str(output)]])
-        digest = Path(scratch) / "digest"
-        digest.write_text(hashlib.sha256(output.read_bytes()).hexdigest())
-        output.replace(library)
-        digest.replace(_digest_file(library))
-
-
-def _run_all(commands: list[list[str]]) -> None:
-    """Run the commands side by side; raise with the first compiler error."""
-    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate()[1] for process in running]
-    for command, process, error in zip(commands, running, errors, strict=True):
-        if process.returncode != 0:
-            raise NativeBuildError(f"`{' '.join(command)}` failed with status {process.returncode}: {error[-2000:]}")
+    jobs = []
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        target = scratch / f"{source.stem}.o"
+        includes = ["-I", str(CSRC / "include"), "-isystem", include]
+        jobs.append((target, [*cxx, *_FLAGS, *includes, "-c", str(source), "-o", str(target)]))
+    _build.run_all([command for _, command in jobs])
+    objects = [str(target) for target, _ in jobs]
+    _build.run_all([[*cxx, "-shared", *objects, "-L", lib, "-ltorch_cpu", "-o", str(output)]])

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # First match wins. A module imports modules of a lower floor, or of its own package.
 FLOORS = [
-    ("qscope_kernels", 0),
+    ("qscope_kernels", -1),  # usable without qscope, so even the ground floor may build on it
     ("qscope._version", 0),
     ("qscope.errors", 0),
     ("qscope.files", 0),
@@ -31,7 +31,7 @@ FLOORS = [
     ("qscope", 6),
 ]
 THIRD_PARTY = {
-    "qscope_kernels": {"torch", "triton"},
+    "qscope_kernels": {"torch", "triton", "filelock"},
     "core": {"torch", "numpy", "safetensors", "filelock"},
 }
 
@@ -66,8 +66,8 @@ def imports(path: Path, top_level_only: bool = False):
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                as_path = ROOT / full.replace(".", "/")
-                yield full if as_path.with_suffix(".py").exists() or as_path.is_dir() else node.module
+                places = [base / full.replace(".", "/") for base in (ROOT, ROOT / "kernels")]
+                yield full if any(p.with_suffix(".py").exists() or p.is_dir() for p in places) else node.module
 
 
 def _is_type_checking(node) -> bool:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels.feature_lists import feature_lists, split_lists
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int32, torch.int64)
 
@@ -394,8 +396,7 @@ def sparse_outer_fwd(
         ones = g.new_zeros(N, 1)
         return g.new_zeros(d_sae, 0, dtype=torch.float32), sparse_outer_fwd(values, indices, ones, d_sae, config)[1]
     g = g.contiguous()
-    features, order = torch.sort(indices.reshape(-1), stable=True)
-    offsets = torch.searchsorted(features, torch.arange(d_sae + 1, dtype=features.dtype, device=g.device))
+    order, offsets = feature_lists(indices, d_sae)
     tokens, sorted_values = (order // K).to(torch.int32), values.reshape(-1)[order]
     rows, sums = g.new_empty(d_sae, D, dtype=torch.float32), g.new_empty(d_sae, dtype=torch.float32)
     cfg = config or launch_config(N, D, g.element_size(), wide=True)
@@ -405,21 +406,14 @@ def sparse_outer_fwd(
         _sparse_outer_fwd_kernel[d_sae, slices](
             tokens, sorted_values, offsets, g, rows, sums, D, UNROLL=cfg.unroll, **shape
         )
-        # A feature of c > chunk entries has ceil(c / chunk) <= 2 c / (chunk + 1) chunks: a bound known
-        # without asking the GPU, so the launch neither waits for it nor breaks a CUDA graph.
-        chunks = 2 * N * K // (cfg.chunk + 1)
-        if cfg.chunk < N * K:
-            count = offsets.diff()
-            chunk_count = torch.where(count > cfg.chunk, (count + cfg.chunk - 1) // cfg.chunk, 0)
-            last_chunk = chunk_count.cumsum(0)
-            first_chunk = last_chunk - chunk_count
-            chunk_feature = torch.searchsorted(last_chunk, torch.arange(chunks, device=g.device), right=True)
-            part, part_sums = rows.new_empty(chunks, D), rows.new_empty(chunks)
-            _sparse_outer_split_kernel[chunks, slices](
-                tokens, sorted_values, offsets, chunk_feature, first_chunk, g, part, part_sums, d_sae, D,
-                UNROLL=cfg.unroll, **shape,
+        split = split_lists(offsets, N * K, cfg.chunk)
+        if split is not None:
+            part, part_sums = rows.new_empty(split.chunks, D), rows.new_empty(split.chunks)
+            _sparse_outer_split_kernel[split.chunks, slices](
+                tokens, sorted_values, offsets, split.chunk_feature, split.first_chunk, g, part, part_sums,
+                d_sae, D, UNROLL=cfg.unroll, **shape,
             )  # fmt: skip
-            _sparse_outer_merge_kernel[chunks, slices](
-                offsets, chunk_feature, first_chunk, part, part_sums, rows, sums, d_sae, D, **shape
+            _sparse_outer_merge_kernel[split.chunks, slices](
+                offsets, split.chunk_feature, split.first_chunk, part, part_sums, rows, sums, d_sae, D, **shape
             )
     return rows, sums

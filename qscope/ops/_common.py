@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,11 +22,14 @@ _fp32_precision_lock = threading.Lock()
 def operator(reference: Callable[..., Any], schema: str | None = None) -> Any:
     """Register the operator that is named like its reference; without a schema it follows the annotations.
 
+    An argument that the operator writes to is marked in the schema: "(Tensor(a!) h, ...) -> ()".
+
     Autocast is off inside it: it would cast the matrix product in a body, whatever dtype the caller was promised.
     It is switched off in the dispatcher, so that torch.ops.qscope and calls in a backward pass are covered too.
     """
     name = reference.__name__
-    op = torch.library.custom_op(f"qscope::{name}", _body(reference), mutates_args=(), schema=schema)
+    mutates = re.findall(r"Tensor\(\w+!\)\??\s+(\w+)", schema or "")
+    op = torch.library.custom_op(f"qscope::{name}", _body(reference), mutates_args=mutates, schema=schema)
 
     def without_autocast(device: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

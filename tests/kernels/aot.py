@@ -1,0 +1,124 @@
+"""Compiles Triton kernels ahead of time, without a GPU, and reads the machine code.
+
+    PYTHONPATH=kernels python tests/kernels/aot.py 90 [sparse_decode ...]
+
+prints one JSON line per compilation. aot_specs/<module>.py lists what the launchers of qscope_kernels/<module>.py
+launch. It runs in its own process: TRITON_INTERPRET=1, which other tests need, turns `@triton.jit` functions into
+something that cannot be compiled.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPECS = Path(__file__).parent / "aot_specs"
+WIDE_LOAD = re.compile(r"LDG\.E\.(EF\.)?128")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation of one kernel, and what its machine code must look like.
+
+    types: run-time arguments in order, as Triton writes them ("*bf16", "i32"). divisible: integer arguments that
+    are multiples of 16 at this launch (pointers always are). registers: upper limit per thread. wide_loads: least
+    number of 128-bit global loads. in_flight: how many of them are issued before the first float arithmetic.
+    instructions: patterns that must occur, such as "HGMMA". atomics: whether integer atomics are meant.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    divisible: tuple[str, ...] = ()
+    registers: int = 255
+    wide_loads: int = 0
+    in_flight: int = 0
+    instructions: tuple[str, ...] = ()
+    atomics: bool = False
+
+
+def loads_in_flight(code: list[str]) -> int:
+    """Longest run of 128-bit global loads that no arithmetic on floats interrupts."""
+    longest = run = 0
+    for op in code:
+        run = 0 if re.match(r"(FFMA|FADD|FMUL)", op) else run + bool(WIDE_LOAD.match(op))
+        longest = max(longest, run)
+    return longest
+
+
+def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
+    """Compile one kernel; return its registers, stack, shared memory and what its code is made of."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = spec.kernel
+    runtime = [name for name in kernel.arg_names if name not in spec.constexprs]
+    assert runtime == list(spec.types), f"{spec.name} takes {runtime}, the spec gives {list(spec.types)}"
+    aligned = [
+        (i,)
+        for i, name in enumerate(kernel.arg_names)
+        if name in spec.divisible or spec.types.get(name, "").startswith("*")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: spec.types.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs=spec.constexprs,
+        attrs={key: [["tt.divisibility", 16]] for key in aligned},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=spec.options)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "-sass", "-res-usage", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = INSTRUCTION.findall(dump)
+    return {
+        "name": f"{spec.name}-sm_{arch}",
+        "kernel": kernel.__name__,
+        "registers": int(re.search(r"REG:(\d+)", dump).group(1)),
+        "register_limit": spec.registers,
+        "stack": int(re.search(r"STACK:(\d+)", dump).group(1)),
+        "shared": binary.metadata.shared,
+        "spills": [op for op in code if op.startswith(("STL", "LDL"))],
+        "atomics": sorted({op for op in code if re.match(r"(ATOM|RED\.|RED$|REDG)", op)}),
+        "atomics_meant": spec.atomics,
+        "wide_loads": sum(bool(WIDE_LOAD.match(op)) for op in code),
+        "wide_loads_wanted": spec.wide_loads,
+        "in_flight": loads_in_flight(code),
+        "in_flight_wanted": spec.in_flight,
+        "missing": [want for want in spec.instructions if not any(re.match(want, op) for op in code)],
+        "instructions": len(code),
+        "triton": triton.__version__,
+    }
+
+
+def modules() -> list[str]:
+    return sorted(path.stem for path in SPECS.glob("*.py"))
+
+
+def specs(module: str, arch: int) -> Iterator[Spec]:
+    """The specs of one module of qscope_kernels."""
+    if str(SPECS.parent) not in sys.path:
+        sys.path.insert(0, str(SPECS.parent))
+    yield from importlib.import_module(f"aot_specs.{module}").specs(arch)
+
+
+def main(arch: int, wanted: list[str]) -> None:
+    for module in wanted or modules():
+        for spec in specs(module, arch):
+            print(json.dumps({"module": module} | compile_spec(spec, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
