@@ -24,11 +24,18 @@ _INTS = (torch.int32, torch.int64)
 
 
 @triton.jit
+def _is_row(row, R, BLOCK_D: tl.constexpr):
+    """[BLOCK_D] times whether 0 <= row < R. As a block, because the interpreter cannot spread a boolean."""
+    return (tl.zeros([BLOCK_D], dtype=tl.int64) + row).to(tl.uint64, bitcast=True) < R
+
+
+@triton.jit
 def _weighted_row_sum(
     rows_ptr,  # [count] ids of the rows of src
     weights_ptr,  # [count]
     count,
-    src_ptr,  # [.., D]
+    src_ptr,  # [R, D]
+    R,  # None: every row is known to be inside
     D,
     d,  # [BLOCK_D] columns
     mask,  # [BLOCK_D]
@@ -36,7 +43,7 @@ def _weighted_row_sum(
     UNROLL: tl.constexpr,
 ):
     """sum of weights[p] * src[rows[p], d] and sum of weights[p], over p = 0 .. count - 1 in ascending
-    order."""
+    order. A row outside 0..R-1 counts as zeros: reading it would end the CUDA context."""
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     total = tl.full([], 0.0, dtype=tl.float32)
     whole = count // UNROLL * UNROLL
@@ -45,12 +52,14 @@ def _weighted_row_sum(
         for u in tl.static_range(UNROLL):
             row = tl.load(rows_ptr + p + u).to(tl.int64)
             weight = tl.load(weights_ptr + p + u).to(tl.float32)
-            acc += weight * tl.load(src_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+            inside = mask if R is None else mask & _is_row(row, R, BLOCK_D)
+            acc += weight * tl.load(src_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
             total += weight
     for p in range(whole, count):
         row = tl.load(rows_ptr + p).to(tl.int64)
         weight = tl.load(weights_ptr + p).to(tl.float32)
-        acc += weight * tl.load(src_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+        inside = mask if R is None else mask & _is_row(row, R, BLOCK_D)
+        acc += weight * tl.load(src_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
         total += weight
     return acc, total
 
@@ -62,6 +71,7 @@ def _sparse_decode_fwd_kernel(
     W_ptr,  # [F, D]
     b_ptr,  # [D], not read unless HAS_BIAS
     y_ptr,  # [N, D]
+    F,
     K,
     D,
     HAS_BIAS: tl.constexpr,
@@ -72,7 +82,7 @@ def _sparse_decode_fwd_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = d < D
     acc, _ = _weighted_row_sum(
-        indices_ptr + n * K, acts_ptr + n * K, K, W_ptr, D, d, mask, BLOCK_D=BLOCK_D, UNROLL=UNROLL
+        indices_ptr + n * K, acts_ptr + n * K, K, W_ptr, F, D, d, mask, BLOCK_D=BLOCK_D, UNROLL=UNROLL
     )
     if HAS_BIAS:
         acc += tl.load(b_ptr + d, mask=mask, other=0.0).to(tl.float32)
@@ -86,6 +96,7 @@ def _sparse_dot_fwd_kernel(
     W_ptr,  # [F, D]
     part_ptr,  # [slices, N, K] float32
     N,
+    F,
     K,
     D,
     BLOCK_D: tl.constexpr,
@@ -101,7 +112,7 @@ def _sparse_dot_fwd_kernel(
         k = start + tl.arange(0, UNROLL)
         in_slots = k < K
         row = tl.load(indices_ptr + n * K + k, mask=in_slots, other=0).to(tl.int64)
-        inside = in_slots[:, None] & in_row[None, :]
+        inside = (in_slots & (row >= 0) & (row < F))[:, None] & in_row[None, :]
         w = tl.load(W_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + k, tl.sum(w * g[None, :], axis=1), mask=in_slots)
 
@@ -148,6 +159,7 @@ def _sparse_outer_fwd_kernel(
             values_ptr + start,
             count.to(tl.int32),
             g_ptr,
+            None,
             D,
             d,
             mask,
@@ -183,7 +195,7 @@ def _sparse_outer_split_kernel(
         start = tl.load(offsets_ptr + f) + (c - tl.load(first_chunk_ptr + f)) * CHUNK
         count = tl.minimum(tl.load(offsets_ptr + f + 1) - start, CHUNK).to(tl.int32)
         acc, total = _weighted_row_sum(
-            tokens_ptr + start, values_ptr + start, count, g_ptr, D, d, mask, BLOCK_D=BLOCK_D, UNROLL=UNROLL
+            tokens_ptr + start, values_ptr + start, count, g_ptr, None, D, d, mask, BLOCK_D=BLOCK_D, UNROLL=UNROLL
         )
         tl.store(part_ptr + c * D + d, acc, mask=mask)
         if tl.program_id(1) == 0:
@@ -301,10 +313,10 @@ def sparse_decode_fwd(
 ) -> Tensor:
     """y[n] = sum_k top_acts[n, k] * W_dec[top_indices[n, k]] + b_dec, as [N, D] in W_dec's dtype.
 
-    top_acts [N, K], top_indices [N, K] int32 or int64 in [0, F) (not checked: that would have to wait for the
-    GPU), W_dec [F, D], b_dec [D] or None; floats are float32, bfloat16 or float16. Float32 sum in ascending
-    slot order, then b_dec, one rounding; the same inputs give the same bits. An id may occur twice in a row.
-    Raises ValueError on shape, dtype or device.
+    top_acts [N, K], top_indices [N, K] int32 or int64 in [0, F) (an id outside counts as a row of zeros: refusing it
+    would have to wait for the GPU), W_dec [F, D], b_dec [D] or None; floats are float32, bfloat16 or float16. Float32
+    sum in ascending slot order, then b_dec, one rounding; the same inputs give the same bits. An id may occur twice
+    in a row. Raises ValueError on shape, dtype or device.
     """
     floats = {"top_acts": top_acts, "W_dec": W_dec} | ({} if b_dec is None else {"b_dec": b_dec})
     _check_gather(top_indices, floats)
@@ -321,7 +333,7 @@ def sparse_decode_fwd(
     cfg = config or launch_config(F, D, W_dec.element_size())
     with torch.cuda.device_of(W_dec):
         _sparse_decode_fwd_kernel[N, triton.cdiv(D, cfg.block_d)](
-            top_acts, top_indices, W_dec, W_dec if b_dec is None else b_dec.contiguous(), y, K, D,
+            top_acts, top_indices, W_dec, W_dec if b_dec is None else b_dec.contiguous(), y, F, K, D,
             HAS_BIAS=b_dec is not None, BLOCK_D=cfg.block_d, UNROLL=cfg.unroll, **cfg.options(),
         )  # fmt: skip
     return y
@@ -330,7 +342,7 @@ def sparse_decode_fwd(
 def sparse_dot_fwd(g: Tensor, indices: Tensor, W: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """out[n, k] = <g[n], W[indices[n, k]]>, as [N, K] float32.
 
-    g [N, D] and W [F, D] float32, bfloat16 or float16, indices [N, K] int32 or int64 in [0, F) (not checked).
+    g [N, D] and W [F, D] float32, bfloat16 or float16, indices [N, K] int32 or int64 in [0, F) (an id outside gives 0).
     Each slice of D gives one partial per entry; partials are added in ascending slice order, so the same
     inputs give the same bits. Raises ValueError on shape, dtype or device.
     """
@@ -353,7 +365,7 @@ def sparse_dot_fwd(g: Tensor, indices: Tensor, W: Tensor, config: LaunchConfig |
         for first in range(0, N, step):
             tokens = min(step, N - first)
             _sparse_dot_fwd_kernel[tokens, slices](
-                g[first:], indices[first:], W, part, tokens, K, D,
+                g[first:], indices[first:], W, part, tokens, F, K, D,
                 BLOCK_D=cfg.block_d, UNROLL=cfg.unroll, **cfg.options(),
             )  # fmt: skip
             if slices > 1:

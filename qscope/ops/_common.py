@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -96,6 +97,14 @@ def check_indices(op: str, name: str, tensor: Tensor) -> None:
     _check_rank(op, name, tensor, "[N, K]")
     if tensor.dtype not in INTS:
         raise ValueError(f"{op}: {name} is {tensor.dtype}; accepted are int32 and int64.")
+
+
+def check_index_range(op: str, name: str, indices: Tensor, d_sae: int) -> None:
+    """With QSCOPE_DEBUG=1, refuse GPU indices outside 0..F-1. Not by default: it has to wait for the GPU."""
+    if not indices.is_cuda or os.environ.get("QSCOPE_DEBUG", "0") in ("", "0") or torch.compiler.is_compiling():
+        return
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < d_sae:
+        raise IndexError(f"{op}: {name} holds {int(indices.min())}..{int(indices.max())}; accepted is 0..{d_sae - 1}.")
 
 
 def check_sizes(op: str, rule: str, *pairs: tuple[int, int]) -> None:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
+from qscope.ops._common import (
+    call,
+    check_devices,
+    check_float,
+    check_index_range,
+    check_indices,
+    check_sizes,
+    operator,
+    shape_of,
+)
 from qscope.ops.sparse_dot import sparse_dot
 from qscope.ops.sparse_outer import sparse_outer
 
@@ -28,8 +37,8 @@ def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
-        IndexError: an index outside 0..F-1 (CPU; on a GPU such an index is not checked, which would need a
-            sync).
+        IndexError: an index outside 0..F-1, on a CPU or with QSCOPE_DEBUG=1. On a GPU, where finding it would have
+            to wait for the device, it counts as a row of zeros.
     """
     op = "sparse_decode"
     check_float(op, "top_acts", top_acts, "[N, K]")
@@ -48,6 +57,7 @@ def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
             (W_dec.shape[1], b_dec.shape[0]),
         )
     check_devices(op, top_acts, top_indices, W_dec, b_dec)
+    check_index_range(op, "top_indices", top_indices, W_dec.shape[0])
     return call(_op, top_acts, top_indices, W_dec, b_dec)
 
 

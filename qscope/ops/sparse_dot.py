@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
+from qscope.ops._common import (
+    call,
+    check_devices,
+    check_float,
+    check_index_range,
+    check_indices,
+    check_sizes,
+    operator,
+    shape_of,
+)
 
 
 def sparse_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -20,7 +29,8 @@ def sparse_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
-        IndexError: an index outside 0..F-1 (CPU; not checked on a GPU).
+        IndexError: an index outside 0..F-1, on a CPU or with QSCOPE_DEBUG=1. On a GPU, where finding it would have
+            to wait for the device, its result is 0.
     """
     op = "sparse_dot"
     check_float(op, "g", g, "[N, D]")
@@ -33,6 +43,7 @@ def sparse_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         (g.shape[1], W.shape[1]),
     )
     check_devices(op, g, indices, W)
+    check_index_range(op, "indices", indices, W.shape[0])
     return call(_op, g, indices, W)
 
 

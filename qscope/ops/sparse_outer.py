@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import call, check_devices, check_float, check_indices, check_sizes, operator, shape_of
+from qscope.ops._common import (
+    call,
+    check_devices,
+    check_float,
+    check_index_range,
+    check_indices,
+    check_sizes,
+    operator,
+    shape_of,
+)
 
 
 def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +34,8 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, d_sae: int) -> tupl
 
     Raises:
         ValueError: shapes, dtypes, devices or d_sae that do not fit.
-        IndexError: an index outside 0..d_sae-1 (CPU; not checked on a GPU).
+        IndexError: an index outside 0..d_sae-1, on a CPU or with QSCOPE_DEBUG=1. On a GPU, where finding it would
+            have to wait for the device, the entry is left out.
     """
     op = "sparse_outer"
     check_float(op, "values", values, "[N, K]")
@@ -40,6 +50,7 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, d_sae: int) -> tupl
     if d_sae < 1:
         raise ValueError(f"{op}: d_sae={d_sae}; it must be at least 1.")
     check_devices(op, values, indices, g)
+    check_index_range(op, "indices", indices, d_sae)
     return call(_op, values, indices, g, d_sae)
 
 

@@ -123,3 +123,19 @@ def test_rows_beyond_two_to_the_31_elements_are_addressed() -> None:
     del W
     rows, _ = sparse_outer_fwd(acts, ids, g, F)
     assert rows[[0, F - 2, F - 1], -1].tolist() == [8.0, 4.0, 1.0] and int(rows.count_nonzero()) == 3 * D
+
+
+def test_ids_outside_the_dictionary_leave_the_context_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qscope import ops
+
+    acts, indices, W, b, g = inputs(SHAPES[2], torch.bfloat16)
+    want = sparse_decode_fwd(acts.index_fill(1, torch.tensor([5], device="cuda"), 0), indices, W, b)
+    indices[:, 5] = torch.arange(len(indices), device="cuda", dtype=torch.int32) * 2**20 + len(W)
+    indices[::2, 5] = -1
+    assert torch.equal(ops.sparse_decode(acts, indices, W, b), want)
+    assert bool((ops.sparse_dot(g, indices, W)[:, 5] == 0).all())
+    ops.sparse_outer(acts, indices, g, len(W))
+    torch.cuda.synchronize()
+    monkeypatch.setenv("QSCOPE_DEBUG", "1")
+    with pytest.raises(IndexError, match=r"top_indices holds -1\.\..*accepted is 0\.\.5002"):
+        ops.sparse_decode(acts, indices, W, b)

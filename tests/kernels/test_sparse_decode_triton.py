@@ -240,3 +240,22 @@ def test_wrong_input_is_refused_with_what_was_given() -> None:
         sparse_outer_fwd(acts[:-1], indices, g, 29)
     with pytest.raises(ValueError, match="one device"):
         sparse_dot_fwd(g.to("meta"), indices, W)
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_ids_outside_the_dictionary_read_nothing(ids: torch.dtype) -> None:
+    """Reading them would end the CUDA context; they count as rows of zeros, and lists leave them out."""
+    acts, indices, W, b, g = inputs((4, 13, 70, 61), torch.float32, ids)
+    bad = torch.zeros_like(indices, dtype=torch.bool)
+    for n, (slot, value) in enumerate([(0, -1), (7, 61), (12, torch.iinfo(ids).min), (9, torch.iinfo(ids).max)]):
+        indices[n, slot], bad[n, slot] = value, True
+    safe, kept = indices.masked_fill(bad, 0), acts.masked_fill(bad, 0)
+    for config in (SMALL, None):
+        assert torch.equal(sparse_decode_fwd(acts, indices, W, b, config), sparse_decode_fwd(kept, safe, W, b, config))
+        want = sparse_dot_fwd(g, safe, W, config).masked_fill(bad, 0)
+        assert torch.equal(sparse_dot_fwd(g, indices, W, config), want)
+        rows, sums = sparse_outer_fwd(acts, indices, g, 61, config)
+        want = torch.zeros(61, dtype=torch.float64).index_add_(
+            0, safe.flatten().long().cpu(), kept.flatten().double().cpu()
+        )
+        assert (sums.double().cpu() - want).abs().max() < 1e-5 and bool(rows.isfinite().all())

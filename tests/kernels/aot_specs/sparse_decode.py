@@ -45,10 +45,10 @@ def _gathers(dtype: str, aligned: bool) -> Iterator[Spec]:
     floats, f32, i32 = f"*{dtype}", "*fp32", "*i32"
     cfg = kernels.launch_config(F, D if aligned else D - 3, 2 if dtype == "bf16" else 4)
     shape = {"BLOCK_D": cfg.block_d, "UNROLL": cfg.unroll}
-    decode = dict(acts_ptr=floats, indices_ptr=i32, W_ptr=floats, b_ptr=floats, y_ptr=floats, K="i32", D="i32")
+    decode = dict(acts_ptr=floats, indices_ptr=i32, W_ptr=floats, b_ptr=floats, y_ptr=floats, F="i32", K="i32", D="i32")
     yield _spec("_sparse_decode_fwd_kernel", dtype, aligned, cfg, LOADS + 1, types=decode,
                 constexprs={"HAS_BIAS": True} | shape)  # fmt: skip
-    dot = dict(g_ptr=floats, indices_ptr=i32, W_ptr=floats, part_ptr=f32, N="i32", K="i32", D="i32")
+    dot = dict(g_ptr=floats, indices_ptr=i32, W_ptr=floats, part_ptr=f32, N="i32", F="i32", K="i32", D="i32")
     yield _spec("_sparse_dot_fwd_kernel", dtype, aligned, cfg, LOADS, types=dot, constexprs=shape, registers=128)
     total = dict(part_ptr=f32, out_ptr=f32, slices="i32", size="i32")
     yield _spec("_sum_slices_kernel", dtype, aligned, cfg, types=total, constexprs={"BLOCK": 1024},
