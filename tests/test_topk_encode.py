@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from qscope_kernels.matmul import fixed_matmul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qscope import native, reference
 from qscope.ops import topk_encode
-from qscope.ops._common import ieee_matmul
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -250,7 +250,7 @@ def test_a_gpu_product_is_ieee_whatever_was_set(given):
     before = matmul.fp32_precision
     matmul.fp32_precision = given
     try:
-        with pytest.raises(KeyError), ieee_matmul():
+        with pytest.raises(KeyError), fixed_matmul():
             assert matmul.fp32_precision == "ieee"
             raise KeyError
         assert matmul.fp32_precision == given
@@ -262,7 +262,7 @@ def test_the_older_tf32_switch_is_kept_too():
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = True
     try:
-        with ieee_matmul():
+        with fixed_matmul():
             assert matmul.fp32_precision == "ieee"
         assert matmul.allow_tf32
     finally:
@@ -277,7 +277,7 @@ def test_threads_do_not_restore_the_matmul_setting_under_each_other():
 
     def work():
         for _ in range(50):
-            with ieee_matmul():
+            with fixed_matmul():
                 time.sleep(1e-5)
                 seen.append(matmul.fp32_precision)
 

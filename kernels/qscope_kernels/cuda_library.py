@@ -51,24 +51,35 @@ def problem() -> str | None:
     return _problem
 
 
+def cached(capability: tuple[int, int]) -> bool:
+    """Whether the library for a compute capability is compiled already, so that loading it takes milliseconds."""
+    return _build.intact(_path(capability))
+
+
 def build(capability: tuple[int, int]) -> Path:
     """Compile for one compute capability unless an intact library is cached; returns its path.
 
     Raises BuildError without nvcc or where it refuses the sources.
     """
-    arch = "".join(map(str, capability))
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    folders = [_build.CSRC / "cuda", _build.CSRC / "include"]
     compiler = nvcc()
-    library = _build.cache_dir() / f"cuda-sm_{arch}-{_build.key([*_FLAGS, target], folders)}.so"
 
     def compile_into(_: Path, output: Path) -> None:
         if compiler is None:
             raise BuildError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME to it.")
-        sources = [str(path) for path in sorted(folders[0].glob("*.cu"))]
-        _build.run_all([[compiler, *_FLAGS, target, "-I", str(folders[1]), *sources, "-o", str(output)]])
+        sources = [str(path) for path in sorted((_build.CSRC / "cuda").glob("*.cu"))]
+        _build.run_all([[compiler, *_FLAGS, _target(capability), *sources, "-o", str(output)]])
 
-    return _build.build(library, compile_into)
+    return _build.build(_path(capability), compile_into)
+
+
+def _target(capability: tuple[int, int]) -> str:
+    arch = "".join(map(str, capability))
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
+def _path(capability: tuple[int, int]) -> Path:
+    key = _build.key([*_FLAGS, _target(capability)], [_build.CSRC / "cuda"])
+    return _build.cache_dir() / f"cuda-sm_{''.join(map(str, capability))}-{key}.so"
 
 
 def check(status: int, launcher: str) -> None:

@@ -1,11 +1,9 @@
 """What the operators share: registration, how a body finds its native kernel, and how arguments are refused."""
 
-import contextlib
 import functools
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
 
 _library = torch.library.Library("qscope", "FRAGMENT")
-_fp32_precision_lock = threading.Lock()
 
 
 def operator(reference: Callable[..., Any], schema: str | None = None) -> Any:
@@ -42,22 +39,6 @@ def operator(reference: Callable[..., Any], schema: str | None = None) -> Any:
     _library.impl(name, without_autocast("cpu"), "AutocastCPU")
     _library.impl(name, without_autocast("cuda"), "AutocastCUDA")
     return op
-
-
-@contextlib.contextmanager
-def ieee_matmul() -> Iterator[None]:
-    """Keep float32 matrix products on a GPU free of TF32, whatever the caller has set; restores the setting.
-
-    The setting belongs to the process: without the lock, one thread could restore TF32 while another computes.
-    """
-    matmul = torch.backends.cuda.matmul
-    with _fp32_precision_lock:
-        before = matmul.fp32_precision  # allow_tf32 cannot be read once a caller has used fp32_precision
-        matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
 
 
 def _body(reference: Callable[..., Any]) -> Callable[..., Any]:

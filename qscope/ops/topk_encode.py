@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qscope import reference
-from qscope.ops._common import call, check_devices, check_float, check_k, check_sizes, ieee_matmul, operator, shape_of
+from qscope.ops._common import call, check_devices, check_float, check_k, check_sizes, operator, shape_of
 from qscope.ops.sparse_decode import sparse_decode
 from qscope.ops.sparse_outer import sparse_outer
 
 PRECISIONS = ("exact", "bf16")
+MAX_CUDA_K = 256
 
 
 def topk_encode(
@@ -28,9 +29,10 @@ def topk_encode(
         x: residuals, [N, D], float32, bfloat16 or float16; any strides.
         W_enc: encoder rows, [F, D], same dtypes; contiguous is fastest (other layouts are copied).
         b_enc: encoder bias, [F], or None.
-        k: how many features to keep, 1 <= k <= F.
+        k: how many features to keep, 1 <= k <= F; on a GPU at most 256.
         precision: "exact" ranks float32 scores of the upcast inputs, values are float32. "bf16" casts the
-            inputs to bfloat16 and ranks the bfloat16 output of the matrix product, values are bfloat16.
+            inputs to bfloat16 and ranks the bfloat16 output of the matrix product, values are bfloat16. On a GPU
+            the last bit of a score can depend on how many rows are encoded together; it never changes from run to run.
 
     Returns:
         top_acts [N, k] and top_indices [N, k] int32.
@@ -51,6 +53,10 @@ def topk_encode(
         )
     check_k(op, k, W_enc.shape[0])
     check_devices(op, x, W_enc, b_enc)
+    if x.is_cuda and k > MAX_CUDA_K:
+        raise ValueError(
+            f"{op}: k={k} on {x.device}; a GPU takes k <= {MAX_CUDA_K}. For more, move the inputs to a CPU."
+        )
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision={precision!r}; accepted are {', '.join(map(repr, PRECISIONS))}.")
     return call(_op, x, W_enc, b_enc, k, precision)
@@ -76,8 +82,9 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) ->
 
 @_op.register_kernel("cuda")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) -> tuple[Tensor, Tensor]:
-    with ieee_matmul():  # "exact" promises float32 scores
-        return reference.topk_encode(x, W_enc, b_enc, k, precision)
+    from qscope_kernels.topk_encode import topk_encode_fwd
+
+    return topk_encode_fwd(x, W_enc, b_enc, k, precision=precision)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -33,6 +33,14 @@ def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 _op = operator(reference.topk_select)
 
 
+@_op.register_kernel("cuda")
+def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    from qscope_kernels.topk_select import MAX_K, topk_select_fwd
+
+    # Beyond the kernel's range the reference keeps the meaning, at the cost of several passes over the scores.
+    return topk_select_fwd(scores, k) if k <= MAX_K else reference.topk_select(scores, k)
+
+
 @_op.register_fake
 def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     torch._check(scores.dim() == 2, lambda: "scores must be [N, F]")

@@ -1,10 +1,27 @@
 """Plain PyTorch meaning of every operator: kernels are tested against it, and it runs where none exists."""
 
 from qscope.reference._workspace import rows_per_block
+from qscope.reference.decode_loss import decode_loss
+from qscope.reference.feature_stats_ import feature_stats_
+from qscope.reference.row_adam_ import row_adam_
 from qscope.reference.sparse_decode import sparse_decode
 from qscope.reference.sparse_dot import sparse_dot
+from qscope.reference.sparse_grads import sparse_grads
 from qscope.reference.sparse_outer import sparse_outer
+from qscope.reference.steer_add_ import steer_add_
 from qscope.reference.topk_encode import topk_encode
 from qscope.reference.topk_select import topk_select
 
-__all__ = ["rows_per_block", "sparse_decode", "sparse_dot", "sparse_outer", "topk_encode", "topk_select"]
+__all__ = [
+    "decode_loss",
+    "feature_stats_",
+    "row_adam_",
+    "rows_per_block",
+    "sparse_decode",
+    "sparse_dot",
+    "sparse_grads",
+    "sparse_outer",
+    "steer_add_",
+    "topk_encode",
+    "topk_select",
+]

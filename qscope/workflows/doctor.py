@@ -22,7 +22,23 @@ from qscope._version import __version__
 from qscope.errors import QscopeError
 from qscope.files import cache_dir
 
-OPERATORS = ("topk_encode", "topk_select", "sparse_decode", "sparse_dot", "sparse_outer")
+OPERATORS = (
+    "topk_encode",
+    "topk_select",
+    "sparse_decode",
+    "decode_loss",
+    "sparse_dot",
+    "sparse_outer",
+    "sparse_grads",
+    "row_adam_",
+    "steer_add_",
+    "feature_stats_",
+)
+# Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
+_CUDA_CPP = {"topk_encode", "topk_select"}
+_REFERENCE_ON_CPU = {"row_adam_", "steer_add_", "feature_stats_"}
+# On a CPU these are made of other operators, and are as native as those.
+_PARTS = {"decode_loss": "sparse_decode", "sparse_grads": "sparse_outer"}
 _CPU_FLAGS = (
     "avx2",
     "fma",
@@ -50,7 +66,7 @@ class DoctorConfig:
     """Say what was found on this machine, and which backend each operator will use."""
 
     build: bool = False
-    """Compile the native CPU kernels now if that has not happened yet; otherwise their first use does it."""
+    """Compile the native kernels (and with an NVIDIA GPU the CUDA ones) now; otherwise their first use does it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ def run(config: DoctorConfig) -> DoctorResult:
         ("C++ compiler", _compiler),
         ("CPU", _cpu),
         ("native CPU kernels", lambda: _native(config.build)),
+        ("native CUDA kernels", lambda: _native_cuda(config.build)),
         ("transformers", lambda: [_package("transformers", "pip install 'transformers>=5.13'")]),
         ("extras", _extras),
         ("cache", _cache),
@@ -197,10 +214,13 @@ def _ask(command: list[str]) -> str | None:
 
 
 def _nvcc() -> list[Finding]:
-    text = _ask(["nvcc", "--version"])
+    from qscope_kernels import cuda_library
+
+    text = _ask([cuda_library.nvcc() or "nvcc", "--version"])
     release = re.search(r"release ([\d.]+)", text or "")
     value = "not found" if text is None else f"CUDA {release.group(1)}" if release else _first_line(text)
-    return [Finding("nvcc", value, text is not None)]
+    needed = "Install the CUDA toolkit or set CUDA_HOME: without nvcc, top-k selection runs a slower Triton kernel."
+    return [Finding("nvcc", value, text is not None, needed if text is None and _has_gpu() else "")]
 
 
 def _compiler() -> list[Finding]:
@@ -272,6 +292,23 @@ def _native(build: bool) -> list[Finding]:
     return [Finding(name, f"not loaded: {status.problem}", False, _native_advice(status.mode, status.compiler))]
 
 
+def _native_cuda(build: bool) -> list[Finding]:
+    if not _has_gpu():
+        return []
+    import torch
+    from qscope_kernels import cuda_library
+
+    name = "native CUDA kernels"
+    capability = torch.cuda.get_device_capability()
+    if not (build or cuda_library.cached(capability)):
+        return [Finding(name, "not compiled yet", False, "The first use compiles the CUDA kernels; " + _BUILD)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the problem is reported below
+        loaded = cuda_library.load() is not None
+    value = f"loaded, sm_{capability[0]}{capability[1]}" if loaded else f"not loaded: {cuda_library.problem()}"
+    return [Finding(name, value, loaded)]
+
+
 def _native_advice(mode: str, compiler: str | None) -> str:
     if mode == "off":
         return "Unset QSCOPE_NATIVE (it is off) to run the compiled CPU kernels."
@@ -302,11 +339,11 @@ def _backends() -> list[Backend]:
 def _on_cpu(operator: str) -> Backend:
     from qscope import native
 
-    if native.implements(operator, "cpu"):
+    if native.implements(_PARTS.get(operator, operator), "cpu"):
         isa = native.cpu_isa()
         return Backend(operator, "cpu", f"C++, {_ISA.get(isa, isa)}", True)
     try:
-        if not _compiled():
+        if not _compiled() and operator not in _REFERENCE_ON_CPU:
             return Backend(operator, "cpu", "C++ after its first use", True)
     except QscopeError as error:  # a wrong QSCOPE_NATIVE, on which the operators would fail as well
         return Backend(operator, "cpu", f"none: {error}", False)
@@ -320,6 +357,10 @@ def _on_cuda(operator: str) -> Backend:
     kernels = _cuda_kernels(operator) if own else set()
     if not kernels:
         return Backend(operator, "cuda", "PyTorch reference", False)
+    from qscope_kernels import cuda_library
+
+    if operator in _CUDA_CPP and cuda_library.nvcc():
+        return Backend(operator, "cuda", f"CUDA C++ ({', '.join(sorted(kernels))})", True)
     if _version("triton") or _version("pytorch-triton"):
         return Backend(operator, "cuda", f"Triton ({', '.join(sorted(kernels))})", True)
     return Backend(operator, "cuda", "Triton, but triton is not installed", False)
