@@ -31,11 +31,15 @@ lint:
 
 bench:
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra test --torch-index $(TORCH_INDEX)
-	@for f in bench/bench_*.py; do PYTHONPATH=.:kernels $(BIN)/python $$f || exit 1; done
+	@PYTHONPATH=.:kernels $(BIN)/python -m bench
+	@PYTHONPATH=.:kernels $(BIN)/python bench/bench_encode.py
 
 # Runs uninstalled on a machine without network: the system python3 must have torch and triton.
+# ONLY=tests,steer_add runs these steps alone; OUT=folder puts all result files there.
+ONLY ?=
+OUT ?= bench/results
 gpu-check:
-	@PYTHONPATH=.:kernels $(PYTHON) scripts/gpu_check.py
+	@PYTHONPATH=.:kernels $(PYTHON) scripts/gpu_check.py --only "$(ONLY)" --out "$(OUT)"
 
 wheel:
 	@$(BIN)/python -m build --wheel

@@ -1,17 +1,19 @@
 """python bench/bench_encode.py: `qscope encode` end to end on the embedded model, and where the time goes."""
 
+import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 sys.path[:0] = [
     str(Path(__file__).resolve().parents[1]),
     str(Path(__file__).resolve().parents[1] / "kernels"),
 ]
 
-from _harness import RESULTS, arguments, common_facts, slug  # noqa: E402  (the path set above spares an install)
-
+from bench._facts import ROOT, common_facts, device_name, slug  # noqa: E402  (the path set above spares an install)
 from qscope import embedded  # noqa: E402
 from qscope.errors import QscopeError  # noqa: E402
 from qscope.workflows.encode import EncodeConfig, run  # noqa: E402
@@ -21,7 +23,9 @@ TOKENS = 50_000
 
 def main() -> None:
     """One warm-up run (compiles, caches), then one of 50,000 tokens of held-out text from an empty folder."""
-    options = arguments(__doc__, rounds=1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
     try:
         embedded.default_model_path()
     except QscopeError as error:
@@ -40,7 +44,8 @@ def main() -> None:
         | dict(bytes_per_token=round(stored / result.run_tokens, 1), fvu=round(facts["fvu"], 4))
         | common_facts(options.device)
     )
-    path = RESULTS / f"encode-{slug(options.device)}.json"
+    path = ROOT / "bench" / "results" / f"encode-{slug(device_name(options.device))}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([row], indent=1) + "\n")
     print(json.dumps(row))
     print(path)

@@ -46,6 +46,12 @@ COMMANDS = {
         "qscope.report.demo_text:render",
         page="qscope.report.demo_text:finish",
     ),
+    "bench": Command(
+        "time the operators beside their peers on this machine, each result checked first",
+        "qscope.workflows.bench:BenchConfig",
+        "qscope.report.bench_text:render",
+        page="qscope.report.bench_text:finish",
+    ),
     "doctor": Command(
         "what was found on this machine, and which backend each operator uses",
         "qscope.workflows.doctor:DoctorConfig",

@@ -23,10 +23,10 @@ def inputs(shape, dtype=torch.float32, index_dtype=torch.int32):
 
 
 def composition(acts, indices, W, b, x):
-    """float64, differentiable, nothing of ours: x_hat (not rounded), sq_err, total_variance."""
+    """float64, differentiable, nothing of ours: x_hat (not rounded), sq_err, total_variance, error."""
     r = torch.einsum("nk,nkd->nd", acts.double(), W.double()[indices.long()])
     r = r if b is None else r + b.double()
-    return r, (r - x.double()).square().sum(1), (x.double() - x.double().mean(0)).square().sum()
+    return r, (r - x.double()).square().sum(1), (x.double() - x.double().mean(0)).square().sum(), r - x.double()
 
 
 def below(got, want, bound):
@@ -43,7 +43,7 @@ def test_matches_float64(impl, shape, dtype, index_dtype):
     _, K, D, _ = shape
     for bias in (None, b):
         x_hat, sq_err, variance, error, act_grads = impl(acts, indices, W, bias, x)
-        r, want_sq, want_variance = composition(acts, indices, W, bias, x)
+        r, want_sq, want_variance, _ = composition(acts, indices, W, bias, x)
         rows = W.double()[indices.long()]
         shift = 0.0 if bias is None else bias.double().abs()
         off_r = (K + 2) * U32 * ((acts.double().abs()[..., None] * rows.abs()).sum(1) + shift)
@@ -82,8 +82,8 @@ def test_fvu_is_one_for_the_mean_and_zero_for_x_itself():
     torch.testing.assert_close(mean.sq_err.sum() / mean.total_variance, torch.tensor(1.0), rtol=1e-6, atol=0)
 
 
-OUTPUTS = ["x_hat", "sq_err", "total_variance"]
-SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(range(3), n)]
+OUTPUTS = ["x_hat", "sq_err", "total_variance", "error"]
+SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -91,7 +91,7 @@ SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(range(3), n)]
 def test_gradients_from_every_combination_of_outputs(used, bias):
     """A gradient that arrives at any output reaches every input it depends on; the others get none."""
     acts, indices, W, b, x = inputs((6, 8, 33, 20))
-    weights = torch.randn(6, 33), torch.randn(6), torch.tensor(0.7)
+    weights = torch.randn(6, 33), torch.randn(6), torch.tensor(0.7), torch.randn(6, 33)
 
     def gradients(impl, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (acts, W, x, *([b] if bias else []))]
@@ -149,6 +149,7 @@ def test_gradients_of_sums_and_of_tokens_whose_loss_is_left_out():
 def test_no_second_derivative_is_made_up():
     acts, indices, W, b, x = inputs((4, 3, 10, 12))
     acts.requires_grad_()
+    assert not decode_loss(acts, indices, W, b, x).act_grads.requires_grad
     scale = torch.ones(4, requires_grad=True)
     loss = (decode_loss(acts, indices, W, b, x).sq_err * scale).sum()
     (grad,) = torch.autograd.grad(loss, acts, create_graph=True)
@@ -296,8 +297,9 @@ def test_compiles_without_graph_break_forward_and_backward():
 
     def fvu(acts, W, b, x):
         out = decode_loss(acts, indices, W, b, x)
-        return out.sq_err.sum() / out.total_variance
+        return out.sq_err.sum() / out.total_variance, *out
 
     compiled = torch.compile(fvu, fullgraph=True, backend="aot_eager")
-    got, want = torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(fvu(*leaves), leaves)
+    got, want = (torch.autograd.grad(f(*leaves)[0], leaves) for f in (compiled, fvu))
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(compiled(*leaves), fvu(*leaves), rtol=0, atol=0)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def found_packages() -> set[str]:
-    found = {"qscope._csrc"}
+    found = {"qscope._csrc", "qscope._bench"}
     for base in (ROOT, ROOT / "kernels"):
         for init in base.glob("qscope*/**/__init__.py"):
             found.add(".".join(init.parent.relative_to(base).parts))

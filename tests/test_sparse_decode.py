@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,30 +189,3 @@ def test_compiles_without_graph_break():
     args = inputs((5, 8, 33, 20))
     compiled = torch.compile(lambda *a: sparse_decode(*a) * 2, fullgraph=True)
     torch.testing.assert_close(compiled(*args), sparse_decode(*args) * 2, rtol=0, atol=0)
-
-
-def harness():
-    path = Path(__file__).parents[1] / "bench" / "_harness.py"
-    spec = importlib.util.spec_from_file_location("bench_harness", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_benchmarks_run_without_git(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert harness().common_facts("cpu")["commit"] is None
-
-
-def test_benchmarks_check_every_provider_before_any_is_timed():
-    calls = []
-
-    def provider(value):
-        return lambda: calls.append(value) or value
-
-    def check(result):
-        assert result == 1
-
-    with pytest.raises(AssertionError):
-        harness().measure({"right": provider(1), "wrong": provider(2)}, "cpu", rounds=3, check=check)
-    assert calls == [1, 2]

@@ -54,7 +54,7 @@ def _decode_loss_kernel(
     dot_ptr,  # [slices, N, K] float32
     N,
     F,
-    K,  # (TILES - 1) * ROWS < K <= TILES * ROWS
+    K,  # at most TILES * ROWS
     D,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,

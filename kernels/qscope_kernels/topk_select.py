@@ -104,8 +104,7 @@ def _topk_select_collect_kernel(
         tl.store(list_ptr + slot, _packed(key, index), mask=used)
         floor = tl.min(tl.where(used, key, 0x7FFFFFFF), axis=0).to(tl.int64)
         seeds = k
-    # Scores at the level are wanted, but not at the floor: an equal one loses against k scores in earlier columns.
-    with_ties = level > floor
+    # Scores that only reach the floor lose against k in earlier columns; the second kernel's order sees to that.
     level = tl.maximum(level, floor)
 
     if broken > 0:
@@ -120,7 +119,7 @@ def _topk_select_collect_kernel(
             for chunk in range(0, chunks):
                 keys, _ = _order_keys(row_ptr, chunk, F, BLOCK=BLOCK)
                 over = (keys > level).to(tl.int32)
-                equal = ((keys == level) & with_ties).to(tl.int32)
+                equal = (keys == level).to(tl.int32)
                 if tl.sum(over + equal, axis=0) > 0:
                     # Both running counts in one prefix sum: neither exceeds BLOCK, which is below 2^16.
                     before = tl.cumsum(over + (equal << 16), axis=0) - over - (equal << 16)
@@ -144,7 +143,6 @@ def _topk_select_collect_kernel(
                 if beyond + tl.sum(equal, axis=0) >= k:
                     level = middle
                     reached = beyond
-                    with_ties = True
                 else:
                     highest = middle - 1
         tl.store(list_ptr + CAPACITY, (seeds + above + tl.minimum(ties, k)).to(tl.int64))

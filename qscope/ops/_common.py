@@ -13,6 +13,7 @@ from qscope import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
+MAX_CUDA_K = 256
 
 _library = torch.library.Library("qscope", "FRAGMENT")
 
@@ -94,8 +95,10 @@ def check_sizes(op: str, rule: str, *pairs: tuple[int, int]) -> None:
         raise ValueError(f"{op}: {rule}. Sizes that share a letter must be equal.")
 
 
-def check_k(op: str, k: int, d_sae: int) -> None:
-    """Refuse a k outside 1..F."""
+def check_k(op: str, k: int, d_sae: int, given: Tensor) -> None:
+    """Refuse a k outside 1..F, and on a GPU one that its kernels do not take."""
+    if given.is_cuda and MAX_CUDA_K < k <= d_sae:
+        raise ValueError(f"{op}: k={k} on {given.device}; a GPU takes k <= {MAX_CUDA_K}. Move the inputs to a CPU.")
     if not 1 <= k <= d_sae:
         raise ValueError(f"{op}: k={k}; accepted is 1 <= k <= {d_sae}, the number of features (columns) given.")
 

@@ -33,9 +33,10 @@ class DecodeLoss(NamedTuple):
     total_variance: Tensor
     """[] float32: sum over n of ||x[n] - mean over the tokens of x||^2, the squared error of predicting the mean."""
     error: Tensor
-    """[N, D] float32, detached: the reconstruction before it is rounded, minus x."""
+    """[N, D] float32: the reconstruction before it is rounded, minus x."""
     act_grads: Tensor
-    """[N, K] float32, detached: the gradient of sq_err.sum() with respect to top_acts."""
+    """[N, K] float32: gradient of sq_err.sum() with respect to top_acts, 2 <error[n], W_dec[top_indices[n, k]]>.
+    It carries no gradient of its own: requires_grad is False."""
 
 
 def decode_loss(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor) -> DecodeLoss:
@@ -43,15 +44,15 @@ def decode_loss(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Ten
 
     The fraction of variance unexplained of these N tokens is sq_err.sum() / total_variance, the mean squared error
     sq_err.sum() / x.numel(). On a GPU one gather of W_dec (for K <= 256) gives x_hat, the error and the gradient of
-    sq_err with respect to top_acts; the backward pass gathers W_dec again only if a gradient arrives at x_hat.
-    Gradients flow from x_hat, sq_err and total_variance to top_acts, W_dec, b_dec and x, once (no second
-    derivatives); they are summed in float32 and rounded once. x_hat is sparse_decode's: the same bits on a CPU, and
-    on a GPU the same float32 sum with its slots added in another fixed order. NaN and infinity pass through as in
-    plain arithmetic, so leave tokens out beforehand that must not count. Beside its results it keeps the error
-    [N, D] in float32 for the backward pass; there is no [N, F] and no [N, K, D] tensor.
+    sq_err with respect to top_acts; the backward pass gathers W_dec again only if a gradient arrives at x_hat
+    or error. Gradients flow from x_hat, sq_err, total_variance and error to top_acts, W_dec, b_dec and x, once (no
+    second derivatives, and none from act_grads, which is a gradient itself); they are summed in float32 and rounded
+    once. x_hat is sparse_decode's: the same bits on a CPU, and on a GPU the same float32 sum with its slots added in
+    another fixed order. NaN and infinity pass through as in plain arithmetic, so leave tokens out beforehand that
+    must not count. No [N, F] and no [N, K, D] tensor is made.
 
-    error and act_grads carry no gradient: they are for a training step without autograd, where `sparse_grads` takes
-    g = 2 c error and c act_grads for a loss of c sq_err.sum().
+    A training step without autograd hands the last two results to `sparse_grads`: for the loss c sq_err.sum(), g is
+    2 c error and act_grads is c act_grads, set to 0 where top_acts is 0.
 
     Args:
         top_acts: values of the active features, [N, K], float32, bfloat16 or float16.
@@ -160,49 +161,63 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, _, error, act_grads = output
     ctx.save_for_backward(top_acts, top_indices, W_dec, x, error, act_grads)
     ctx.bias_dtype = None if b_dec is None else b_dec.dtype
-    ctx.mark_non_differentiable(error, act_grads)
-    ctx.set_materialize_grads(False)  # a gradient of zeros at x_hat would cost a second gather of W_dec
+    ctx.mark_non_differentiable(act_grads)
+    ctx.set_materialize_grads(False)  # gradients of zeros at x_hat and error would cost a second gather of W_dec
 
 
 @once_differentiable
 def _backward(
-    ctx: Any, grad_x_hat: Tensor | None, grad_sq: Tensor | None, grad_variance: Tensor | None, *_: None
+    ctx: Any,
+    grad_x_hat: Tensor | None,
+    grad_sq: Tensor | None,
+    grad_variance: Tensor | None,
+    grad_error: Tensor | None,
+    _: None,
 ) -> tuple[Tensor | None, ...]:
     top_acts, top_indices, W_dec, x, error, act_grads = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_acts = grad_W = grad_b = grad_x = None
-    if needs[0] and not (grad_x_hat is None and grad_sq is None):
-        grad_acts = torch.zeros_like(act_grads) if grad_sq is None else act_grads * grad_sq[:, None]
-        if grad_x_hat is not None:
-            grad_acts = grad_acts + sparse_dot(grad_x_hat.contiguous(), top_indices, W_dec)
-        grad_acts = grad_acts.to(top_acts.dtype)
-    if (needs[2] or needs[3]) and not (grad_x_hat is None and grad_sq is None):
-        grad = _grad_of_reconstruction(error, grad_sq, grad_x_hat)
-        grad_W = sparse_outer(top_acts, top_indices, grad, W_dec.shape[0])[0].to(W_dec.dtype) if needs[2] else None
-        grad_b = grad.sum(0).to(ctx.bias_dtype) if needs[3] else None
-    if needs[4]:
-        grad_x = _grad_of_x(x, error, grad_sq, grad_variance)
+    above = _add([grad.float() for grad in (grad_x_hat, grad_error) if grad is not None])
+    grad_acts = grad_W = grad_b = None
+    if above is not None or grad_sq is not None:
+        if needs[0]:
+            parts = [] if grad_sq is None else [act_grads * grad_sq[:, None]]
+            parts += [] if above is None else [sparse_dot(above.contiguous(), top_indices, W_dec)]
+            grad_acts = _add(parts).to(top_acts.dtype)
+        if needs[2] or needs[3]:
+            grad = _grad_of_reconstruction(error, grad_sq, above)
+            grad_W = sparse_outer(top_acts, top_indices, grad, len(W_dec))[0].to(W_dec.dtype) if needs[2] else None
+            grad_b = grad.sum(0).to(ctx.bias_dtype) if needs[3] else None
+    grad_x = _grad_of_x(x, error, grad_sq, grad_variance, grad_error) if needs[4] else None
     return grad_acts, None, grad_W, grad_b, grad_x
 
 
-def _grad_of_reconstruction(error: Tensor, grad_sq: Tensor | None, grad_x_hat: Tensor | None) -> Tensor:
-    """[N, D] float32: what arrives at the float32 reconstruction through sq_err and through x_hat."""
+def _add(parts: list[Tensor]) -> Any:
+    """Sum of tensors, None if there are none."""
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _grad_of_reconstruction(error: Tensor, grad_sq: Tensor | None, above: Tensor | None) -> Tensor:
+    """[N, D] float32: what arrives at the float32 reconstruction through sq_err, and from above directly."""
     if grad_sq is None:
-        assert grad_x_hat is not None
-        return grad_x_hat.float().contiguous()
+        assert above is not None
+        return above.contiguous()
     grad = error * (2 * grad_sq)[:, None]
-    return grad if grad_x_hat is None else grad.add_(grad_x_hat)
+    return grad if above is None else grad.add_(above)
 
 
-def _grad_of_x(x: Tensor, error: Tensor, grad_sq: Tensor | None, grad_variance: Tensor | None) -> Tensor | None:
-    """-2 grad_sq error, and 2 grad_variance (x - mean): moving one token also moves the mean, but deviations from a
-    mean add up to zero."""
-    grad = None if grad_sq is None else error * (-2 * grad_sq)[:, None]
+def _grad_of_x(
+    x: Tensor, error: Tensor, grad_sq: Tensor | None, grad_variance: Tensor | None, grad_error: Tensor | None
+) -> Tensor | None:
+    """-2 grad_sq error - grad_error, and 2 grad_variance (x - mean): moving one token also moves the mean, but
+    deviations from a mean add up to zero."""
+    parts = [] if grad_sq is None else [error * (-2 * grad_sq)[:, None]]
+    if grad_error is not None:
+        parts.append(-grad_error)
     if grad_variance is not None:
         shifted = x.float() - x[:1].float()  # keeps the digits of values that lie far from zero
-        centred = (shifted - shifted.mean(0)) * (2 * grad_variance)
-        grad = centred if grad is None else grad.add_(centred)
-    return None if grad is None else grad.to(x.dtype)
+        parts.append((shifted - shifted.mean(0)) * (2 * grad_variance))
+    total = _add(parts)
+    return None if total is None else total.to(x.dtype)
 
 
 _op.register_autograd(_backward, setup_context=_setup)

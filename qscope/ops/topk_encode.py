@@ -11,7 +11,6 @@ from qscope.ops.sparse_decode import sparse_decode
 from qscope.ops.sparse_outer import sparse_outer
 
 PRECISIONS = ("exact", "bf16")
-MAX_CUDA_K = 256
 
 
 def topk_encode(
@@ -51,12 +50,8 @@ def topk_encode(
             f"W_enc [F, D] is {shape_of(W_enc)}, b_enc [F] is {shape_of(b_enc)}",
             (b_enc.shape[0], W_enc.shape[0]),
         )
-    check_k(op, k, W_enc.shape[0])
+    check_k(op, k, W_enc.shape[0], x)
     check_devices(op, x, W_enc, b_enc)
-    if x.is_cuda and k > MAX_CUDA_K:
-        raise ValueError(
-            f"{op}: k={k} on {x.device}; a GPU takes k <= {MAX_CUDA_K}. For more, move the inputs to a CPU."
-        )
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision={precision!r}; accepted are {', '.join(map(repr, PRECISIONS))}.")
     return call(_op, x, W_enc, b_enc, k, precision)

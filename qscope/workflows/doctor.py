@@ -55,7 +55,7 @@ _NO_COMPILER = "Install g++ (or name a C++20 compiler in CXX): the CPU kernels a
 _BUILD = "`qscope doctor --build` does it now."
 _EXTRAS = {
     "cli": ("tyro", "pydantic", "tqdm"),
-    "report": ("pyarrow", "scipy"),
+    "report": ("matplotlib", "pyarrow", "scipy"),
     "demo": ("gguf",),
     "post-training": ("trl", "peft", "accelerate", "datasets"),
 }
