@@ -1,8 +1,12 @@
+import contextlib
 import os
 
 import pytest
-import setuptools  # noqa: F401  (inductor imports it late, and it refuses once the standard distutils is loaded)
 import torch
+
+# Inductor imports it late, and it refuses once the standard distutils is loaded. A GPU machine may not have it.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any @triton.jit is decorated

@@ -61,7 +61,8 @@ def _store_half(
     tl.store(maxima_ptr + n[:, None].to(tl.int64) * groups + g[None, :], tops.to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
+# That N or D is 1 or a multiple of 16 changes no instruction, but would cost another compilation, of seconds.
+@triton.jit(do_not_specialize=["N", "D"])
 def _group_encode_kernel(
     x_desc,  # [N, D] bfloat16, block [BLOCK_N, BLOCK_D]
     W_desc,  # [F, D] bfloat16, block [BLOCK_F, BLOCK_D]

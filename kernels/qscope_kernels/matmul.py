@@ -21,10 +21,16 @@ def fixed_matmul() -> Iterator[None]:
         # Assigning a bool would switch split-K back on; torch versions without that setting take only a bool.
         split_k = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", None)
         reduced, fp32 = matmul.allow_bf16_reduced_precision_reduction, matmul.fp32_precision
+        tf32 = fp32 not in ("none", "ieee")  # "none" is the default, IEEE: what need not change is not written
         matmul.allow_bf16_reduced_precision_reduction = False if split_k is None else (False, split_k)
-        matmul.fp32_precision = "ieee"
+        if tf32:
+            matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
             matmul.allow_bf16_reduced_precision_reduction = reduced if split_k is None else (reduced, split_k)
-            matmul.fp32_precision = fp32
+            if tf32:
+                # What was read may come from torch.backends.fp32_precision: written here, it would no longer follow it.
+                matmul.fp32_precision = "none"
+                if matmul.fp32_precision != fp32:
+                    matmul.fp32_precision = fp32

@@ -244,7 +244,8 @@ class SteerConfig:
     tokens: per program. rows: tokens in flight, a power of two that divides `tokens`. directions: in flight.
     block_d: columns of a tile, num_warps x 32 x the elements a lane loads. vec: neighbouring elements of h in a
     lane's load. All powers of two but `tokens`. block_d, vec and
-    num_warps decide the order in which a dot is added up; nothing else here reaches a bit of the result.
+    num_warps decide the order in which a dot is added up; nothing else here reaches a bit of the result, except that
+    without 128-bit loads (vec = 1) the number of directions and of rows can.
     """
 
     tokens: int
@@ -285,19 +286,28 @@ def shared_config(N: int, S: int, D: int, itemsize: int, aligned: bool = True) -
 
 
 def rows_config(N: int, S: int, D: int, itemsize: int, aligned: bool = True) -> SteerConfig:
-    """Launch shape of the kernel that takes whole tokens, from byte counts, not from timings."""
+    """Launch shape of the kernel that takes whole tokens, from byte counts, not from timings.
+
+    itemsize: of the widest of h, readers and gates. aligned: all of them can be read with 128-bit loads.
+    """
     num_warps, block_d, vec = _tile(D, itemsize, aligned, most_warps=8)
     # One program per SM first (the smallest GPU in question has 108), then more tokens per program: each
     # program reads all readers, gates and directions from L2.
     rows = _power_of_two_below(N // 108, 8)
     # Beside eight tokens, four rows of readers at once took 245 of a lane's 255 registers.
     directions = min(4 if rows < 8 else 2, triton.next_power_of_2(S))
+    if not aligned:
+        # Without 128-bit loads Triton spreads a tile over the lanes in a way that depends on how many tokens and
+        # directions there are, and with it the order of a dot: one cut for all N and S.
+        rows, directions = 1, 4
     return SteerConfig(rows, rows, directions, block_d, num_warps, vec)
 
 
-def _aligned(h: Tensor) -> bool:
-    """Whether Triton will read the rows of h with 128-bit loads."""
-    return h.shape[1] % 16 == 0 and h.stride(0) % 16 == 0 and h.data_ptr() % 16 == 0
+def _aligned(h: Tensor, *rows: Tensor | None) -> bool:
+    """Whether Triton will read the rows of h, and of the contiguous matrices `rows`, with 128-bit loads."""
+    if h.shape[1] % 16 or h.stride(0) % 16 or h.data_ptr() % 16:
+        return False
+    return all(t is None or t.data_ptr() % 16 == 0 for t in rows)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -377,7 +387,9 @@ def steer_add_(
                 BD=cfg.block_d, **cfg.options(),
             )  # fmt: skip
             return h
-        cfg = config or rows_config(N, S, D, h.element_size(), _aligned(h))
+        # A lane must hold the same columns of h as of what h is multiplied with, however many tokens a tile has.
+        widest = max(t.element_size() for t in (h, readers, gates) if t is not None)
+        cfg = config or rows_config(N, S, D, widest, _aligned(h, readers, gates, directions))
         strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.ndim == 2 else 0)
         _steer_rows_kernel[(triton.cdiv(N, cfg.rows),)](
             h, h.stride(0), directions, settings, readers, gates, mask, *strides, fired, settings.new_empty(N, S),

@@ -215,6 +215,36 @@ def test_the_python_launcher_passes_what_the_kernel_takes(emulate):
         assert torch.equal(values, want.values[:, :33].relu()) and torch.equal(indices, want.indices[:, :33].int())
 
 
+def test_the_launcher_of_a_gpu_runs_on_the_emulator(emulate, monkeypatch):
+    """topk_select_fwd itself, on tensors that say they are on a GPU: strides, blocks, what is allocated, errors."""
+    pytest.importorskip("triton", reason="the launcher's module holds the Triton fallback")
+    import torch
+    from qscope_kernels import cuda_library, topk_select
+    from torch.overrides import TorchFunctionMode
+
+    class OnGpu(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return True if function == torch.Tensor.is_cuda.__get__ else function(*args, **(kwargs or {}))
+
+    library = emulate("topk_select.cu").lib
+    monkeypatch.setattr(cuda_library, "load", lambda: library)
+    monkeypatch.setattr(cuda_library, "stream", lambda tensor: None)
+    monkeypatch.setattr(topk_select, "_processors", lambda tensor: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    base = torch.randint(-9, 9, (700, 5), generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = base.t()  # columns that are not contiguous
+    want = rows.sort(dim=1, descending=True, stable=True)
+    with OnGpu():
+        got = topk_select.topk_select_fwd(rows, 33)
+        out = topk_select.topk_select_fwd(rows.contiguous()[:, :300], 33)
+        topk_select.topk_select_fwd(rows.contiguous()[:, 300:], 33, out=out, first_column=300, merge=True, relu=True)
+        assert topk_select.topk_select_fwd(rows[:0], 33)[0].shape == (0, 33)
+        with pytest.raises(RuntimeError, match=r"CUDA error 1 \(a GPU\)"):
+            topk_select.topk_select_fwd(rows, 33, config=topk_select.LaunchConfig(threads=512))
+    assert torch.equal(got[0], want.values[:, :33]) and torch.equal(got[1], want.indices[:, :33].int())
+    assert torch.equal(out[0], got[0].relu()) and torch.equal(out[1], got[1])
+
+
 @pytest.mark.parametrize(
     "change",
     [

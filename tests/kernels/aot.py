@@ -64,6 +64,8 @@ def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
     kernel = spec.kernel
     runtime = [name for name in kernel.arg_names if name not in spec.constexprs]
     assert runtime == list(spec.types), f"{spec.name} takes {runtime}, the spec gives {list(spec.types)}"
+    unspecialised = {param.name for param in kernel.params if param.do_not_specialize}
+    assert not unspecialised & set(spec.divisible), f"{spec.name}: no launch tells the compiler that"
     aligned = [
         (i,)
         for i, name in enumerate(kernel.arg_names)
@@ -99,6 +101,7 @@ def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
         "in_flight_wanted": spec.in_flight,
         "missing": [want for want in spec.instructions if not any(re.match(want, op) for op in code)],
         "instructions": len(code),
+        "unspecialised": sorted(unspecialised),
         "triton": triton.__version__,
     }
 

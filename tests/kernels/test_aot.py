@@ -78,3 +78,9 @@ def test_unrolled_rows_are_requested_before_the_first_is_used(compiled: dict[str
 
 def test_matrix_products_and_bulk_copies_are_what_was_meant(compiled: dict[str, dict[str, Any]]) -> None:
     assert {name: r["missing"] for name, r in compiled.items() if r["missing"]} == {}
+
+
+def test_the_encoder_is_not_compiled_again_for_another_size(compiled: dict[str, dict[str, Any]]) -> None:
+    """It takes seconds, and N changes with every batch."""
+    records = [record for record in compiled.values() if record["kernel"] == "_group_encode_kernel"]
+    assert records and all(record["unspecialised"] == ["D", "N"] for record in records)

@@ -4,14 +4,19 @@ Bounds are the rigorous ones of float32 sums (Higham 2002, section 3.1) carried 
 rounding to the output's type: half a unit, but a whole one for bfloat16 because the interpreter truncates.
 """
 
+import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the Triton kernels need the triton package")
+from qscope_kernels import steer_add
 from qscope_kernels.steer_add import SteerConfig, rows_config, shared_config, steer_add_
 
 INTERPRETED = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -129,6 +134,31 @@ def test_a_tokens_dot_is_cut_up_alike_for_every_batch(itemsize: int, aligned: bo
         for N in (1, 7, 8192, 100_000):
             shared = shared_config(N, 8, D, itemsize, aligned)
             assert shared.tokens % shared.rows == 0
+
+
+def test_the_compiler_cuts_a_dot_up_alike_for_every_batch() -> None:
+    """The interpreter adds with numpy; on a GPU the layout that Triton chooses decides the order."""
+    script = Path(__file__).with_name("dot_layouts.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parents[2] / "kernels"), env.get("PYTHONPATH")]))
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 6 and not [case for case in found if len(case["layouts"]) != 1]
+
+
+def test_the_launch_is_cut_for_the_widest_of_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes that hold 8 columns of h but 4 of a reader would add across lanes, and differently from N to N."""
+    asked = []
+    monkeypatch.setattr(steer_add, "rows_config", lambda *shape: asked.append(shape) or rows_config(*shape))
+    h, directions, settings, readers, gates, mask = inputs(2, 32, 3, torch.bfloat16)
+    for reader, gate in ((readers, gates), (readers.float(), gates), (readers, gates.float()), (None, gates)):
+        steer_add_(h, directions, settings, reader, gate, mask)
+    shifted = torch.zeros(3 * 32 + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(3, 32)
+    steer_add_(h, directions, settings, shifted, None, mask)
+    assert [(itemsize, aligned) for _, _, _, itemsize, aligned in asked] == [
+        (2, True), (4, True), (4, True), (2, True), (2, False)
+    ]  # fmt: skip
 
 
 def test_a_tokens_bits_do_not_depend_on_its_neighbours() -> None:

@@ -267,6 +267,37 @@ def test_matmul_settings_are_fixed_inside_and_restored(monkeypatch: pytest.Monke
         matmul.allow_bf16_reduced_precision_reduction, matmul.fp32_precision = before
 
 
+def test_an_inherited_tf32_setting_stays_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written into the setting of the matrix product, it would hide what the caller sets for all backends later."""
+    matmul = torch.backends.cuda.matmul
+    seen = []
+    monkeypatch.setattr(topk_encode, "topk_select_fwd", lambda *_, **__: seen.append(matmul.fp32_precision))
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        topk_encode_fwd(*integers(9, 8, 70), 4)
+        assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+        matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_older_setting_is_restored_too(precision: str, on_cpu: None) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        topk_encode_fwd(*integers(9, 8, 70), 4)
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed is (precision == "high")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 def test_two_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the lock one thread could restore the setting while the other still computes."""
     inside, worst = [], []

@@ -28,7 +28,7 @@ def specs(arch: int) -> Iterator[Spec]:
             types=descriptors | dict(b_ptr="*bf16", maxima_ptr="*bf16", N="i32", F="i32", D="i32"),
             constexprs=constexprs,
             options=cfg.options(),
-            divisible=("N", "F", "D"),
+            divisible=("F",),
             # One program of 8 warps fills an SM; its accumulator alone is block_f / 2 registers per thread.
             registers=block_registers(cfg),
             instructions=("HGMMA", "UTMALDG", "UTMASTG"),

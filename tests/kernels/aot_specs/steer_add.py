@@ -69,7 +69,7 @@ def _shared(name: str, N: int, S: int, h: str, rows: str, width: int, ones: dict
 
 
 def _rows(name: str, N: int, S: int, h: str, rows: str, width: int, ones: dict[str, int], aligned: bool) -> Spec:
-    cfg = kernels.rows_config(N, S, width, ITEMSIZE[h], aligned)
+    cfg = kernels.rows_config(N, S, width, max(ITEMSIZE[h], ITEMSIZE[rows]), aligned)
     constants = ones | ({"mask_stride": 1, "mask_stride_s": 1} if S == 1 else {"mask_stride_s": 1})
     types = {n: t for n, t in _types(h, rows, readers=True, ones=ones).items() if n not in constants}
     shape = {"BT": cfg.rows, "SB": cfg.directions, "BD": cfg.block_d, "VEC": cfg.vec}
