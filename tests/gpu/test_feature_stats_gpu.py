@@ -75,13 +75,13 @@ def test_no_wait_bounded_memory_and_new_tokens_in_a_graph() -> None:
     add(got), add(want)  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         add(got)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    used = torch.cuda.max_memory_allocated() - before
+    used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     assert used <= 64 * N * K + 16 * G * F + (1 << 20), f"{used / N / K:.1f} bytes per entry"
     add(want)
     graph = torch.cuda.CUDAGraph()

@@ -86,13 +86,13 @@ def test_no_wait_no_memory_and_new_numbers_in_a_graph() -> None:
     update(s, True), update(other, True)  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         update(s, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() == before
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] == before
     update(other, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
