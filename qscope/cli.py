@@ -46,6 +46,11 @@ COMMANDS = {
         "qscope.report.demo_text:render",
         page="qscope.report.demo_text:finish",
     ),
+    "evaluate": Command(
+        "how exact the features of real text are, against a float64 oracle",
+        "qscope.workflows.evaluate:EvaluateConfig",
+        "qscope.report.evaluate_text:render",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",

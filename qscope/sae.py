@@ -9,7 +9,7 @@ import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from qscope.checkpoints import SAECard
 from qscope.checkpoints._weights import CHUNK, DTYPES, NAMES, Weights, check_k, dtype_name
 from qscope.errors import InputError
 
-__all__ = ["SAE", "EncoderOutput", "SAECard"]
+__all__ = ["SAE", "CertifiedOutput", "EncoderOutput", "SAECard"]
 
 
 class EncoderOutput(NamedTuple):
@@ -29,6 +29,19 @@ class EncoderOutput(NamedTuple):
     """[.., K] values, descending, >= 0; float32 for precision "exact", bfloat16 for "bf16" """
     top_indices: Tensor
     """[.., K] feature ids, int32"""
+
+
+class CertifiedOutput(NamedTuple):
+    """The active features of each token and the figures of the proof (docs/exact.md)."""
+
+    top_acts: Tensor
+    """[.., K] values, descending, >= 0, float32"""
+    top_indices: Tensor
+    """[.., K] feature ids, int32"""
+    candidates: Tensor
+    """[..] int32: how many features were scored exactly; d_sae where the bound could not exclude enough"""
+    margin: Tensor
+    """[..] float32: the k-th score exceeds that of every other feature by at least this; infinite if all were scored"""
 
 
 class SAE(nn.Module):
@@ -108,22 +121,46 @@ class SAE(nn.Module):
             )
         return tensor.reshape(math.prod(tensor.shape[:-1]), width)
 
-    def encode_topk(self, x: Tensor, precision: str = "exact") -> EncoderOutput:
+    @overload
+    def encode_topk(
+        self, x: Tensor, precision: str = "exact", return_certificate: Literal[False] = False
+    ) -> EncoderOutput: ...
+
+    @overload
+    def encode_topk(self, x: Tensor, precision: str, return_certificate: Literal[True]) -> CertifiedOutput: ...
+
+    @overload
+    def encode_topk(
+        self, x: Tensor, precision: str = "exact", *, return_certificate: Literal[True]
+    ) -> CertifiedOutput: ...
+
+    def encode_topk(
+        self, x: Tensor, precision: str = "exact", return_certificate: bool = False
+    ) -> EncoderOutput | CertifiedOutput:
         """The k strongest features of each token.
 
         x: [.., D], float32, bfloat16 or float16, on the SAE's device.
-        precision: "exact" gives the top-k of the float32 pre-activations, "bf16" that of a bf16 product.
+        precision: "exact" gives the top-k of the float64 scores rounded to float32 (docs/exact.md), "bf16" that of a
+            bf16 product.
+        return_certificate: with "exact", return a CertifiedOutput, which has no gradient.
 
         Differentiable in x, W_enc and b_enc through the active entries. Raises InputError for a wrong width,
-        device, dtype or precision.
+        device, dtype or precision, and for a certificate of "bf16".
         """
         rows = self._rows(x, self.d_in, "x")
         if dtype_name(x.dtype) not in DTYPES:
             raise InputError(f"x has dtype {dtype_name(x.dtype)}; accepted are {', '.join(DTYPES)}.")
         if precision not in ("exact", "bf16"):
             raise InputError(f"precision {precision!r} was asked for; accepted are 'exact' and 'bf16'.")
+        leading, shape = x.shape[:-1], (*x.shape[:-1], self.k)
+        if return_certificate:
+            if precision != "exact":
+                raise InputError("A certificate was asked for with precision 'bf16'; only 'exact' has one.")
+            acts, indices, *figures = ops.topk_encode_certified(
+                rows.detach(), self.W_enc.detach(), self.b_enc.detach(), self.k
+            )
+            return CertifiedOutput(acts.reshape(shape), indices.reshape(shape), *(t.reshape(leading) for t in figures))
         acts, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, self.k, precision)
-        shape = (*x.shape[:-1], self.k)
         return EncoderOutput(acts.reshape(shape), indices.reshape(shape))
 
     def encode(self, x: Tensor) -> Tensor:

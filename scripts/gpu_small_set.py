@@ -56,6 +56,7 @@ def operators(matmul: bool, device: str = "cuda") -> dict[str, Callable[[], obje
     if matmul:
         found["topk_encode bf16"] = lambda: ops.topk_encode(x, W, b_enc, K, "bf16")
         found["topk_encode exact"] = lambda: ops.topk_encode(x, W, b_enc, K, "exact")
+        found["topk_encode_certified"] = lambda: ops.topk_encode_certified(x, W, b_enc, K)
     return found
 
 

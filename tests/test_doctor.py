@@ -64,7 +64,7 @@ def test_the_cuda_column_names_the_triton_module_that_would_run():
         if line.device == "cuda":
             assert line.backend.startswith(("Triton (", "CUDA C++ (")) and line.native
     assert {b.operator for b in result.backends if b.backend.startswith("CUDA C++")} == (
-        {"topk_encode", "topk_select"} if cuda_library.nvcc() else set()
+        {"topk_encode", "topk_encode_certified", "topk_select"} if cuda_library.nvcc() else set()
     )
 
 

@@ -188,3 +188,21 @@ def test_it_is_a_module():
     assert torch.equal(other(x), sae(x)) and other.weight_hash() == sae.weight_hash()
     assert sae.to(torch.bfloat16).dtype == torch.bfloat16 and sae.device.type == "cpu"
     assert qscope.SAE is SAE
+
+
+@pytest.mark.parametrize("shape", [(7, D), (2, 3, D), (0, D)], ids=str)
+def test_a_certificate_belongs_to_each_token(shape):
+    sae, x = make(), inputs(*shape)
+    certified, plain_output = sae.encode_topk(x, return_certificate=True), sae.encode_topk(x)
+    assert torch.equal(certified.top_acts, plain_output.top_acts)
+    assert torch.equal(certified.top_indices, plain_output.top_indices)
+    assert certified.candidates.shape == certified.margin.shape == shape[:-1]
+    scores = (x.double() @ sae.W_enc.double().T + sae.b_enc.double()).sort(-1, descending=True).values
+    # Among the c + 1 best features one is no candidate: the best of those that are not is no further down.
+    next_best = scores.gather(-1, certified.candidates.long().clamp(max=F - 1)[..., None])[..., 0]
+    gap = scores[..., K - 1] - next_best
+    everything = certified.candidates == F
+    assert bool((everything | ((certified.candidates >= K) & (certified.margin <= gap + 1e-5))).all())
+    assert bool(certified.margin[everything].isinf().all())
+    with pytest.raises(InputError, match="only 'exact' has one"):
+        sae.encode_topk(x, precision="bf16", return_certificate=True)

@@ -1,5 +1,4 @@
-// Scores of one panel of 32 features for a block of rows, and the append of those that may be among the k best.
-// Every dot product is one chain of fused multiply-adds in ascending d: its bits depend on nothing else.
+// The float32 product of a tile of rows with a panel of 32 features: one float32 chain per element.
 // Included by for_each_isa.h inside a namespace: no guard.
 
 // Accumulators held in registers at a time: rows x vectors of 16 features.
@@ -9,6 +8,16 @@ constexpr int kSubRows = 12, kSubVecs = 2;
 constexpr int kSubRows = 6, kSubVecs = 1;
 #else
 constexpr int kSubRows = 4, kSubVecs = 1;
+#endif
+
+// a * b + c, fused or not: the bound of the pass allows for a rounding of each product.
+#if QSCOPE_ISA > 0
+QSCOPE_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+#else
+QSCOPE_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
 #endif
 
 // c[R rows][V*16 of 32] (+)= x[len][stride]^T w[len][32]
@@ -28,7 +37,7 @@ QSCOPE_INLINE void multiply_sub(const float* x, int stride, const float* w, int6
     for (int r = 0; r < R; ++r) {
       const Vec a = broadcast(x[r]);
       QSCOPE_UNROLL
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(a, b[v], acc[r][v]);
     }
   }
   QSCOPE_UNROLL
@@ -49,16 +58,6 @@ void multiply_tile(const float* x, const float* w, int64_t len, float* c, bool f
       constexpr int done = M / R * R;
       multiply_sub<M % R, kSubVecs>(x + done, M, w + v * 16, len, c + done * kPanel + v * 16, first);
     }
-  }
-}
-
-inline void multiply(int M, const float* x, const float* w, int64_t len, float* c, bool first) {
-  switch (M) {
-    case 1: return multiply_tile<1>(x, w, len, c, first);
-    case 2: return multiply_tile<2>(x, w, len, c, first);
-    case 4: return multiply_tile<4>(x, w, len, c, first);
-    case 8: return multiply_tile<8>(x, w, len, c, first);
-    default: return multiply_tile<kTileRows>(x, w, len, c, first);
   }
 }
 
@@ -114,40 +113,5 @@ void pack_panel(const T* W, int64_t rows, int64_t D, int64_t len, float* out) {
 #endif
   for (; f < rows; ++f) {
     for (int64_t d = 0; d < len; ++d) out[d * kPanel + f] = widen(W[f * D + d]);
-  }
-}
-
-// Adds the bias and appends what beats the row's threshold.
-QSCOPE_INLINE void collect(float* c, const float* bias, uint32_t valid, int32_t first, TopList& list,
-                           const EncodeBlock& block) {
-  const Vec tau = broadcast(list.tau);
-  const Vec lo = add(load(c), load(bias)), hi = add(load(c + 16), load(bias + 16));
-  const uint32_t mask = (not_le(lo, tau) | not_le(hi, tau) << 16) & valid;
-  if (__builtin_expect(mask != 0, 0)) {
-    store(c, lo);
-    store(c + 16, hi);
-    append(list, mask, c, first, block.k, block.capacity, kPanel);
-  }
-}
-
-template <typename T>
-void encode_panel(const EncodeBlock& block, const T* W, int64_t panel, float* packed, float* c, TopList* lists) {
-  const int64_t D = block.D, first = panel * kPanel, width = std::min<int64_t>(kPanel, block.F - first);
-  const uint32_t valid = width == kPanel ? ~0u : (1u << width) - 1;
-  alignas(64) float bias[kPanel] = {};
-  if (block.bias != nullptr) std::memcpy(bias, block.bias + first, sizeof(float) * width);
-  for (int64_t d0 = 0; d0 < D; d0 += kDepth) {
-    const int64_t len = std::min<int64_t>(kDepth, D - d0);
-    pack_panel(W + first * D + d0, width, D, len, packed);
-    for (int64_t n = 0; n < block.rows; n += kTileRows) {
-      const int M = block.tile_rows(n);
-      float* tile = c + n * kPanel;
-      multiply(M, block.x + n * D + d0 * M, packed, len, tile, d0 == 0);
-      if (d0 + len < D) continue;
-      const int64_t end = std::min<int64_t>(kTileRows, block.rows - n);
-      for (int64_t r = 0; r < end; ++r) {
-        collect(tile + r * kPanel, bias, valid, static_cast<int32_t>(first), lists[n + r], block);
-      }
-    }
   }
 }

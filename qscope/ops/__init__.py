@@ -9,6 +9,7 @@ from qscope.ops.sparse_grads import sparse_grads
 from qscope.ops.sparse_outer import sparse_outer
 from qscope.ops.steer_add_ import SteerSetting, settings_tensor, steer_add_
 from qscope.ops.topk_encode import topk_encode
+from qscope.ops.topk_encode_certified import topk_encode_certified
 from qscope.ops.topk_select import topk_select
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "sparse_outer",
     "steer_add_",
     "topk_encode",
+    "topk_encode_certified",
     "topk_select",
 ]

@@ -29,9 +29,10 @@ def topk_encode(
         W_enc: encoder rows, [F, D], same dtypes; contiguous is fastest (other layouts are copied).
         b_enc: encoder bias, [F], or None.
         k: how many features to keep, 1 <= k <= F; on a GPU at most 256.
-        precision: "exact" ranks float32 scores of the upcast inputs, values are float32. "bf16" casts the
-            inputs to bfloat16 and ranks the bfloat16 output of the matrix product, values are bfloat16. On a GPU
-            the last bit of a score can depend on how many rows are encoded together; it never changes from run to run.
+        precision: "exact" ranks the float64 scores of the given inputs and weights, each rounded to float32, at about
+            the price of a bfloat16 product (docs/exact.md); values are these. "bf16" casts the inputs to bfloat16 and
+            ranks the bfloat16 output of the matrix product, values are bfloat16. On a GPU the last bit of a bfloat16
+            score can depend on how many rows are encoded together; it never changes from run to run.
 
     Returns:
         top_acts [N, k] and top_indices [N, k] int32.
@@ -77,8 +78,11 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) ->
 
 @_op.register_kernel("cuda")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) -> tuple[Tensor, Tensor]:
+    from qscope_kernels.exact_encode import available, exact_topk_encode_fwd
     from qscope_kernels.topk_encode import topk_encode_fwd
 
+    if precision == "exact" and available(x):
+        return exact_topk_encode_fwd(x, W_enc, b_enc, k)[:2]
     return topk_encode_fwd(x, W_enc, b_enc, k, precision=precision)
 
 

@@ -10,6 +10,7 @@ from qscope.reference.sparse_grads import sparse_grads
 from qscope.reference.sparse_outer import sparse_outer
 from qscope.reference.steer_add_ import steer_add_
 from qscope.reference.topk_encode import topk_encode
+from qscope.reference.topk_encode_certified import topk_encode_certified
 from qscope.reference.topk_select import topk_select
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "sparse_outer",
     "steer_add_",
     "topk_encode",
+    "topk_encode_certified",
     "topk_select",
 ]

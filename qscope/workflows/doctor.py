@@ -24,6 +24,7 @@ from qscope.files import cache_dir
 
 OPERATORS = (
     "topk_encode",
+    "topk_encode_certified",
     "topk_select",
     "sparse_decode",
     "decode_loss",
@@ -35,7 +36,7 @@ OPERATORS = (
     "feature_stats_",
 )
 # Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
-_CUDA_CPP = {"topk_encode", "topk_select"}
+_CUDA_CPP = {"topk_encode", "topk_encode_certified", "topk_select"}
 _REFERENCE_ON_CPU = {"row_adam_", "steer_add_", "feature_stats_"}
 # On a CPU these are made of other operators, and are as native as those.
 _PARTS = {"decode_loss": "sparse_decode", "sparse_grads": "sparse_outer"}
