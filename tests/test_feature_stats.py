@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from qscope import reference
+from qscope import native, reference
 from qscope.ops import feature_stats_, fired_bitmap
 
 
@@ -167,6 +167,30 @@ def test_same_bits_for_any_thread_count():
     want = tables(50, 2, 8)
     meaning(want, acts, indices, groups)
     assert equal(results[0], want)
+
+
+@pytest.mark.skipif(native.mode() == "off", reason="QSCOPE_NATIVE=off: there is no native kernel")
+@pytest.mark.parametrize(
+    ("F", "G", "M", "dtype", "grid"),
+    [(1000, 1, None, torch.float32, 0), (331, 3, 7, torch.bfloat16, 0), (40, 2, 64, torch.float32, 8)],
+    ids=str,
+)
+def test_native_has_the_bits_of_the_reference_for_any_thread_count(F, G, M, dtype, grid):
+    """Batches of over 100000 entries, which several threads share; the second of lower token ids than the first."""
+    batches = [(codes(2700, 41, F, G, seed, dtype, grid), first) for seed, first in enumerate((10_000, 0))]
+    want, before = tables(F, G, M), torch.get_num_threads()
+    for (acts, indices, groups), first in batches:
+        add(want, acts, indices, groups if G > 1 else None, first, reference.feature_stats_)
+    assert native.load("cpu") and native.implements("feature_stats_", "cpu") and int(want[0].max()) > 1000
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            got = tables(F, G, M)
+            for (acts, indices, groups), first in batches:
+                add(got, acts, indices if first else indices.long(), groups if G > 1 else None, first)
+            assert equal(got, want), threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_merging_goes_by_blocks(monkeypatch):

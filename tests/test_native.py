@@ -174,7 +174,16 @@ def test_the_key_covers_every_source(tmp_path, monkeypatch):
 
 def test_the_operators_are_native(library):
     assert native.load("cpu") and not native.load("cuda")
-    for name in ("topk_select", "topk_encode", "sparse_decode", "sparse_dot", "sparse_outer"):
+    names = (
+        "topk_select",
+        "topk_encode",
+        "sparse_decode",
+        "sparse_dot",
+        "sparse_outer",
+        "steer_add_",
+        "feature_stats_",
+    )
+    for name in names:
         assert native.implements(name, "cpu"), name
     assert native.cpu_isa() in native.ISA_NAMES
 

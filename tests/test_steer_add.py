@@ -1,12 +1,13 @@
 """steer_add_ against the formula in float64, and everything that must stay as it is: bits, neighbours, callers."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from qscope import reference
+from qscope import native, reference
 from qscope.ops import SteerSetting, settings_tensor, steer_add_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -243,6 +244,38 @@ def test_settings_tensor_has_the_documented_columns() -> None:
     setting = SteerSetting.clamp(2.0, 0.25).gated(0.5, 0.75)
     assert settings_tensor([setting]).tolist() == [[2.0, -1.0, 0.25, 1.0, 1.0, 0.5, 0.75, 1.0]]
     assert settings_tensor([]).shape == (0, 8)
+
+
+@pytest.mark.skipif(native.mode() == "off", reason="QSCOPE_NATIVE=off: there is no native kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_gives_a_token_the_same_bits_in_any_company(dtype: torch.dtype, limit_isa: Callable[[str], str]) -> None:
+    """Whatever the threads (the batch is large enough for four), the instruction set and the batch."""
+    h, directions, readers, gates = inputs(200, 261, 32, dtype)
+    directions, readers = directions.float(), readers.to(torch.float16)  # mixed dtypes are allowed
+    mask = torch.rand(200, 32, generator=torch.Generator().manual_seed(3)) > 0.2
+    mask[::7] = False
+    h[5, 3], h[9, 4] = math.nan, math.inf
+
+    def steered(rows: slice, threads: int, isa: str) -> tuple[Tensor, Tensor]:
+        limit_isa(isa)
+        torch.set_num_threads(threads)
+        part, fired = h[rows].clone(), torch.full((len(h[rows]), 32), 9, dtype=torch.uint8)
+        steer_add_(part, directions, rules(32), readers, gates, mask[rows], fired)
+        return part.view(torch.int32 if dtype == torch.float32 else torch.int16), fired
+
+    assert native.load("cpu") and native.implements("steer_add_", "cpu")
+    before = torch.get_num_threads()
+    try:
+        want, fired = steered(slice(0, 200), 1, "avx512")
+        assert 1000 < int(fired.sum()) < 4000
+        for threads, isa in ((2, "avx512"), (4, "avx2"), (4, "portable")):
+            got = steered(slice(0, 200), threads, isa)
+            assert torch.equal(got[0], want) and torch.equal(got[1], fired), (threads, isa)
+        for n in (0, 3, 5, 9, 101, 199):
+            got = steered(slice(n, n + 1), 1, "avx512")
+            assert torch.equal(got[0][0], want[n]) and torch.equal(got[1][0], fired[n]), n
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_in_place_change_is_known_to_autograd() -> None:

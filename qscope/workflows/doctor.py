@@ -37,7 +37,7 @@ OPERATORS = (
 )
 # Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
 _CUDA_CPP = {"topk_encode", "topk_encode_certified", "topk_select"}
-_REFERENCE_ON_CPU = {"row_adam_", "steer_add_", "feature_stats_"}
+_REFERENCE_ON_CPU = {"row_adam_"}
 # On a CPU these are made of other operators, and are as native as those.
 _PARTS = {"decode_loss": "sparse_decode", "sparse_grads": "sparse_outer"}
 _CPU_FLAGS = (
