@@ -182,6 +182,7 @@ def test_the_operators_are_native(library):
         "sparse_outer",
         "steer_add_",
         "feature_stats_",
+        "row_adam_",
     )
     for name in names:
         assert native.implements(name, "cpu"), name

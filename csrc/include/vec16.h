@@ -18,6 +18,10 @@ QSCOPE_INLINE Vec load(const f16* p) {
 QSCOPE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 QSCOPE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 QSCOPE_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+QSCOPE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+QSCOPE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+QSCOPE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+QSCOPE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 QSCOPE_INLINE uint32_t not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
 
 #elif QSCOPE_ISA == 1
@@ -47,6 +51,10 @@ QSCOPE_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 QSCOPE_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+QSCOPE_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+QSCOPE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+QSCOPE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+QSCOPE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 QSCOPE_INLINE uint32_t not_le(Vec a, Vec b) {
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLE_UQ));
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLE_UQ));
@@ -77,6 +85,22 @@ QSCOPE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 QSCOPE_INLINE Vec add(Vec a, Vec b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+QSCOPE_INLINE Vec sub(Vec a, Vec b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+QSCOPE_INLINE Vec mul(Vec a, Vec b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+QSCOPE_INLINE Vec div(Vec a, Vec b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+QSCOPE_INLINE Vec sqrt(Vec a) {
+  for (int i = 0; i < 16; ++i) a.v[i] = std::sqrt(a.v[i]);
   return a;
 }
 QSCOPE_INLINE uint32_t not_le(Vec a, Vec b) {

@@ -37,7 +37,6 @@ OPERATORS = (
 )
 # Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
 _CUDA_CPP = {"topk_encode", "topk_encode_certified", "topk_select"}
-_REFERENCE_ON_CPU = {"row_adam_"}
 # On a CPU these are made of other operators, and are as native as those.
 _PARTS = {"decode_loss": "sparse_decode", "sparse_grads": "sparse_outer"}
 _CPU_FLAGS = (
@@ -344,7 +343,7 @@ def _on_cpu(operator: str) -> Backend:
         isa = native.cpu_isa()
         return Backend(operator, "cpu", f"C++, {_ISA.get(isa, isa)}", True)
     try:
-        if not _compiled() and operator not in _REFERENCE_ON_CPU:
+        if not _compiled():
             return Backend(operator, "cpu", "C++ after its first use", True)
     except QscopeError as error:  # a wrong QSCOPE_NATIVE, on which the operators would fail as well
         return Backend(operator, "cpu", f"none: {error}", False)
