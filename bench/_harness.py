@@ -79,7 +79,7 @@ def _checked(case: Case, provider: Provider, first: Any, want: Any) -> tuple[Cal
         call = provider.make(first)
         result = call()
         wrong = _wrong(case, provider, result, want)
-    except Exception as error:  # a provider that cannot run is a row of the table, not the end of the run
+    except Exception as error:  # a peer may raise anything: its row says what; run_case makes ours a fault, exit 1
         return None, None, f"failed: {type(error).__name__}: {_short(error)}"
     return (call, "yes", "") if wrong is None else (None, "no", f"wrong result, not timed: {wrong}")
 
@@ -105,7 +105,7 @@ def _graph_times(
         provider = case.providers[name]
         try:
             replay, repeats[name], result = captured(rotation, medians[name])
-        except Exception as error:  # whatever a peer raises under capture, the others are timed
+        except RuntimeError as error:  # what torch raises for work that cannot be captured; it has run eagerly
             problems[name] = f"not captured into a CUDA graph: {_short(error)}"
             torch.cuda.synchronize()
             continue

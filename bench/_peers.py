@@ -30,7 +30,7 @@ def problem(peer: str) -> str:
     try:
         with contextlib.redirect_stdout(sys.stderr), _untouched_fake_tensors():
             importlib.import_module(module)
-    except Exception as error:  # a peer that does not import is a finding about this machine, whatever it raises
+    except Exception as error:  # importing another library may raise anything; its row in the table says what
         return f"does not import: {type(error).__name__}: {str(error)[:120]}"
     return ""
 

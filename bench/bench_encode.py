@@ -8,21 +8,18 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1]),
-    str(Path(__file__).resolve().parents[1] / "kernels"),
-]
-
-from bench._facts import ROOT, common_facts, device_name, slug  # noqa: E402  (the path set above spares an install)
-from qscope import embedded  # noqa: E402
-from qscope.errors import QscopeError  # noqa: E402
-from qscope.workflows.encode import EncodeConfig, run  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 50_000
 
 
 def main() -> None:
     """One warm-up run (compiles, caches), then one of 50,000 tokens of held-out text from an empty folder."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # spares an install; the imports below need it
+    from bench._facts import common_facts, device_name, slug
+    from qscope import embedded
+    from qscope.errors import QscopeError
+    from qscope.workflows.encode import EncodeConfig, run
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

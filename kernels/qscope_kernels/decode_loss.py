@@ -28,10 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels._arguments import check, check_gather, describe
 from qscope_kernels.sparse_decode import (
-    _check,
-    _check_gather,
-    _describe,
     _sparse_decode_fwd_kernel,
     _sum_slices_kernel,
     launch_config,
@@ -247,9 +245,9 @@ def decode_loss_fwd(
     Raises ValueError on shape, dtype or device.
     """
     floats = {"top_acts": top_acts, "W_dec": W_dec, "x": x} | ({} if b_dec is None else {"b_dec": b_dec})
-    _check_gather(top_indices, floats)
-    given = _describe(top_indices=top_indices, **floats)
-    _check(
+    check_gather(top_indices, floats)
+    given = describe(top_indices=top_indices, **floats)
+    check(
         top_acts.shape == top_indices.shape
         and W_dec.ndim == 2
         and x.shape == (top_acts.shape[0], W_dec.shape[1])

@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels._arguments import FLOATS, INTS, check, describe
 from qscope_kernels.feature_lists import feature_lists
 
 MAX_CONTEXTS = 64
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTS = (torch.int32, torch.int64)
 
 
 @triton.jit
@@ -159,31 +158,26 @@ class LaunchConfig:
         return {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_arguments(
     codes: dict[str, Tensor], tables: dict[str, Tensor], groups: Tensor | None, tops: dict[str, Tensor], first: Tensor
 ) -> None:
     everything = codes | tables | tops | {"first_token": first} | ({} if groups is None else {"groups": groups})
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in everything.items())
+    given = describe(**everything)
     acts, indices = codes.values()
     count = tables["count"]
-    _check(
-        acts.ndim == 2 and acts.shape == indices.shape and acts.dtype in _FLOATS and indices.dtype in _INTS,
+    check(
+        acts.ndim == 2 and acts.shape == indices.shape and acts.dtype in FLOATS and indices.dtype in INTS,
         f"feature_stats_ takes top_acts [N, K] float32, bfloat16 or float16, top_indices [N, K] int32 or int64; "
         f"got {given}.",
     )
-    _check(acts.numel() < 2**31, f"feature_stats_ takes fewer than 2^31 entries; got {given}. Cut the batch.")
-    _check(
+    check(acts.numel() < 2**31, f"feature_stats_ takes fewer than 2^31 entries; got {given}. Cut the batch.")
+    check(
         count.ndim == 2
         and all(t.shape == count.shape for t in tables.values())
         and [t.dtype for t in tables.values()] == [torch.int64, torch.float64, torch.float64, torch.float32],
         f"feature_stats_ takes count int64, total and total_sq float64, peak float32, all [G, F]; got {given}.",
     )
-    _check(
+    check(
         count.shape[0] == 1 if groups is None else groups.shape == acts.shape[:1] and groups.dtype == torch.int32,
         f"feature_stats_ takes groups [N] int32, or None with tables [1, F]; got {given}.",
     )
@@ -193,20 +187,18 @@ def _check_arguments(
         fits = values.shape == tokens.shape and values.ndim == 2 and values.shape[0] == count.shape[1]
         fits = fits and values.shape[1] <= MAX_CONTEXTS
         fits = fits and values.dtype == torch.float32 and tokens.dtype == torch.int64
-    _check(
+    check(
         fits,
         f"feature_stats_ takes top_values float32 and top_tokens int64, both [F, M] with M <= {MAX_CONTEXTS}, or "
         f"neither; got {given}.",
     )
-    _check(
+    check(
         first.numel() == 1 and first.dtype == torch.int64,
         f"feature_stats_ takes one int64 as first_token; got {given}.",
     )
-    _check(
-        all(t.device == acts.device for t in everything.values()), f"All tensors must be on one device; got {given}."
-    )
+    check(all(t.device == acts.device for t in everything.values()), f"All tensors must be on one device; got {given}.")
     strided = [name for name, t in (tables | tops).items() if not t.is_contiguous()]
-    _check(not strided, f"feature_stats_ writes to contiguous tables; {', '.join(strided)} is not. Got {given}.")
+    check(not strided, f"feature_stats_ writes to contiguous tables; {', '.join(strided)} is not. Got {given}.")
 
 
 def feature_stats_(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTS = (torch.int32, torch.int64)
+from qscope_kernels._arguments import FLOATS, INTS, check, describe
 
 
 @triton.jit
@@ -241,11 +241,6 @@ def launch_config(D: int) -> LaunchConfig:
     return LaunchConfig(rows=max(1, 512 // block_d), block_d=block_d, num_warps=max(1, block_d // 512))
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def row_adam_(
     W: Tensor,
     grad: Tensor,
@@ -274,8 +269,8 @@ def row_adam_(
     tensors = {"W": W, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "last_step": last_step}
     tensors |= {"touched": touched, "step": step, "lr": lr}
     tensors |= {name: t for name, t in (("grad_scale", grad_scale), ("shadow", shadow)) if t is not None}
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
-    _check(
+    given = describe(**tensors)
+    check(
         W.ndim == 2
         and all(t.shape == W.shape for t in (grad, exp_avg, exp_avg_sq, *(() if shadow is None else (shadow,))))
         and last_step.shape == touched.shape == W.shape[:1]
@@ -284,21 +279,21 @@ def row_adam_(
         f"lr, grad_scale; got {given}.",
     )
     float32 = (W, exp_avg, exp_avg_sq, lr, *(() if grad_scale is None else (grad_scale,)))
-    _check(
+    check(
         all(t.dtype == torch.float32 for t in float32)
-        and grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and grad.dtype in FLOATS
         and (shadow is None or shadow.dtype == torch.bfloat16)
-        and last_step.dtype == torch.int32 and touched.dtype == torch.bool and step.dtype in _INTS,
+        and last_step.dtype == torch.int32 and touched.dtype == torch.bool and step.dtype in INTS,
         f"row_adam_ takes float32 (grad also bfloat16, float16), shadow bfloat16, last_step int32, touched bool, step "
         f"int32 or int64; got {given}.",
     )  # fmt: skip
-    _check(all(t.device == W.device for t in tensors.values()), f"All tensors must be on one device; got {given}.")
-    _check(
+    check(all(t.device == W.device for t in tensors.values()), f"All tensors must be on one device; got {given}.")
+    check(
         0 <= beta1 < 1 and 0 <= beta2 < 1 and eps > 0,
         f"row_adam_ takes beta1 and beta2 in [0, 1) and eps above 0; got {beta1}, {beta2} and {eps}.",
     )
     strided = [name for name, t in tensors.items() if not t.is_contiguous()]
-    _check(
+    check(
         not strided,
         f"row_adam_ takes contiguous tensors (it writes in place, and copies none); {', '.join(strided)} is not.",
     )

@@ -17,10 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels._arguments import check, check_gather, describe
 from qscope_kernels.feature_lists import feature_lists, split_lists
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTS = (torch.int32, torch.int64)
 
 
 @triton.jit
@@ -282,28 +280,6 @@ def launch_config(gathered_rows: int, D: int, itemsize: int, wide: bool = False)
     return LaunchConfig(block_d=block_d, num_warps=1, unroll=unroll)
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _describe(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
-
-
-def _check_gather(indices: Tensor, floats: dict[str, Tensor]) -> None:
-    given = _describe(indices=indices, **floats)
-    _check(indices.ndim == 2 and indices.dtype in _INTS, f"indices must be [N, K] int32 or int64; got {given}.")
-    _check(
-        all(t.dtype in _FLOATS for t in floats.values()),
-        f"The Triton kernels take float32, bfloat16 or float16; got {given}. Cast the other tensors.",
-    )
-    _check(
-        all(t.device == indices.device for t in floats.values()),
-        f"All tensors must be on one device; got {given}. Move them together.",
-    )
-
-
 def sparse_decode_fwd(
     top_acts: Tensor,
     top_indices: Tensor,
@@ -319,9 +295,9 @@ def sparse_decode_fwd(
     in a row. Raises ValueError on shape, dtype or device.
     """
     floats = {"top_acts": top_acts, "W_dec": W_dec} | ({} if b_dec is None else {"b_dec": b_dec})
-    _check_gather(top_indices, floats)
-    given = _describe(top_indices=top_indices, **floats)
-    _check(
+    check_gather(top_indices, floats)
+    given = describe(top_indices=top_indices, **floats)
+    check(
         top_acts.shape == top_indices.shape and W_dec.ndim == 2 and (b_dec is None or b_dec.shape == W_dec.shape[1:]),
         f"sparse_decode_fwd takes top_acts and top_indices [N, K], W_dec [F, D], b_dec [D]; got {given}.",
     )
@@ -346,9 +322,9 @@ def sparse_dot_fwd(g: Tensor, indices: Tensor, W: Tensor, config: LaunchConfig |
     Each slice of D gives one partial per entry; partials are added in ascending slice order, so the same
     inputs give the same bits. Raises ValueError on shape, dtype or device.
     """
-    _check_gather(indices, {"g": g, "W": W})
-    given = _describe(g=g, indices=indices, W=W)
-    _check(
+    check_gather(indices, {"g": g, "W": W})
+    given = describe(g=g, indices=indices, W=W)
+    check(
         g.ndim == 2 and W.ndim == 2 and g.shape[1] == W.shape[1] and g.shape[0] == indices.shape[0],
         f"sparse_dot_fwd takes g [N, D], indices [N, K], W [F, D]; got {given}.",
     )
@@ -395,9 +371,9 @@ def sparse_outer_fwd(
     the same bits. Beside the result it holds the sorted lists (about 40 bytes per entry) and float32 partial
     rows of at most 2 K / (chunk + 1) times N * D elements. Raises ValueError on shape, dtype or device.
     """
-    _check_gather(indices, {"values": values, "g": g})
-    given = _describe(values=values, indices=indices, g=g)
-    _check(
+    check_gather(indices, {"values": values, "g": g})
+    given = describe(values=values, indices=indices, g=g)
+    check(
         values.shape == indices.shape and g.ndim == 2 and g.shape[0] == indices.shape[0] and d_sae >= 0,
         f"sparse_outer_fwd takes values, indices [N, K], g [N, D], d_sae >= 0; got {given}, d_sae {d_sae}.",
     )

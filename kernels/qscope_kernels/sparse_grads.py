@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels._arguments import check, check_gather, describe
 from qscope_kernels.feature_lists import feature_lists, split_lists
 from qscope_kernels.sparse_decode import (
     LaunchConfig,
-    _check,
-    _check_gather,
-    _describe,
     _sparse_outer_merge_kernel,
     _sum_slices_kernel,
     launch_config,
@@ -214,9 +212,9 @@ def sparse_grads_fwd(
     ValueError on shape, dtype or device.
     """
     floats = {"top_acts": top_acts, "act_grads": act_grads, "g": g, "x": x}
-    _check_gather(top_indices, floats)
-    given = _describe(top_indices=top_indices, **floats)
-    _check(
+    check_gather(top_indices, floats)
+    given = describe(top_indices=top_indices, **floats)
+    check(
         top_acts.shape == top_indices.shape == act_grads.shape
         and g.ndim == 2
         and g.shape == x.shape

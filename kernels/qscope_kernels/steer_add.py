@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qscope_kernels._arguments import FLOATS, check, describe
+
 MAX_DIRECTIONS = 32
 SETTINGS = ("constant", "slope", "reader_bias", "rectify", "gate_on", "gate_bias", "gate_threshold", "enabled")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FLAGS = (torch.bool, torch.uint8)
 
 
@@ -310,37 +311,32 @@ def _aligned(h: Tensor, *rows: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in rows)
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_arguments(floats: dict[str, Tensor], settings: Tensor, bytes_: dict[str, Tensor]) -> None:
     h, directions = floats["h"], floats["directions"]
     tensors = floats | {"settings": settings} | bytes_
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
-    _check(
+    given = describe(**tensors)
+    check(
         h.ndim == 2 and directions.ndim == 2 and h.shape[1] == directions.shape[1]
         and all(t.shape == directions.shape for name, t in floats.items() if name != "h")
         and settings.shape == (directions.shape[0], len(SETTINGS)),
         f"steer_add_ takes h [N, D], directions, readers and gates [S, D], settings [S, 8]; got {given}.",
     )  # fmt: skip
     N, S = h.shape[0], directions.shape[0]
-    _check(S <= MAX_DIRECTIONS, f"steer_add_ takes at most {MAX_DIRECTIONS} directions; got {given}.")
-    _check(
-        all(t.dtype in _FLOATS for t in floats.values()) and settings.dtype == torch.float32,
+    check(S <= MAX_DIRECTIONS, f"steer_add_ takes at most {MAX_DIRECTIONS} directions; got {given}.")
+    check(
+        all(t.dtype in FLOATS for t in floats.values()) and settings.dtype == torch.float32,
         f"steer_add_ takes float32, bfloat16 or float16, and float32 settings; got {given}.",
     )
     for name, t in bytes_.items():
         accepted = [(N, S)] if name == "fired" else [(N, S), (N,)]
         dtypes = _FLAGS[1:] if name == "fired" else _FLAGS
-        _check(
+        check(
             t.shape in accepted and t.dtype in dtypes,
             f"steer_add_ takes {name} {accepted}, {dtypes}; got {given}.",
         )
-    _check(len({t.device for t in tensors.values()}) == 1, f"All tensors must be on one device; got {given}.")
+    check(len({t.device for t in tensors.values()}) == 1, f"All tensors must be on one device; got {given}.")
     # A copy would steer nothing (h, fired), or be a second launch per call.
-    _check(
+    check(
         (h.stride(1) == 1 or h.shape[1] <= 1) and (h.stride(0) >= h.shape[1] or N <= 1)
         and all(t.is_contiguous() for name, t in tensors.items() if name not in ("h", "mask")),
         "steer_add_ takes h with contiguous, separate rows and everything else but the mask contiguous.",

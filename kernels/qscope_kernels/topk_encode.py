@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_kernels._arguments import FLOATS, check, describe
 from qscope_kernels.group_encode import GROUP, group_encode_fwd, group_problem
 from qscope_kernels.matmul import fixed_matmul
 from qscope_kernels.topk_select import topk_select_fwd
@@ -26,7 +27,6 @@ MAX_K = 256
 DEFAULT_WORKSPACE_BYTES = 1 << 28
 DTYPES = {"bf16": torch.bfloat16, "exact": torch.float32}
 METHODS = ("cublas", "group")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -220,31 +220,26 @@ def _checked_method(method: str | None, x: Tensor, W_enc: Tensor, b_enc: Tensor 
 
 def _check_inputs(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, precision: str) -> None:
     tensors = {"x": x, "W_enc": W_enc} | ({} if b_enc is None else {"b_enc": b_enc})
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
-    _check(
+    given = describe(**tensors)
+    check(
         x.ndim == 2 and W_enc.ndim == 2 and x.shape[1] == W_enc.shape[1],
         f"topk_encode_fwd takes x [N, D] and W_enc [F, D]; got {given}.",
     )
-    _check(
+    check(
         b_enc is None or b_enc.shape == W_enc.shape[:1],
         f"topk_encode_fwd takes b_enc [F] with W_enc [F, D]; got {given}.",
     )
-    _check(
-        all(t.dtype in _FLOATS for t in tensors.values()),
+    check(
+        all(t.dtype in FLOATS for t in tensors.values()),
         f"topk_encode_fwd takes float32, bfloat16 or float16; got {given}. Cast the other tensors.",
     )
-    _check(
+    check(
         all(t.device == x.device for t in tensors.values()),
         f"topk_encode_fwd takes tensors on one device; got {given}. Move them together.",
     )
     limit = min(W_enc.shape[0], MAX_K)
-    _check(1 <= k <= limit, f"topk_encode_fwd: k={k}; accepted is 1 <= k <= {limit} for these F={W_enc.shape[0]}.")
-    _check(precision in DTYPES, f"topk_encode_fwd: precision={precision!r}; accepted are 'bf16' and 'exact'.")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    check(1 <= k <= limit, f"topk_encode_fwd: k={k}; accepted is 1 <= k <= {limit} for these F={W_enc.shape[0]}.")
+    check(precision in DTYPES, f"topk_encode_fwd: precision={precision!r}; accepted are 'bf16' and 'exact'.")
 
 
 def _round_up(n: int, multiple: int) -> int:
