@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qscope import native
-from qscope.ops import topk_encode, topk_encode_certified
+from qscope.ops import pack_encoder, topk_encode, topk_encode_certified, topk_encode_packed
 from qscope.reference.exact_encode import all_exact_scores, certified_topk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,16 +24,19 @@ def library():
     return lib
 
 
-@pytest.fixture(params=["bf16", "float32"])
+PASSES = {"int8": 2, "bf16": 1, "float32": 0}  # as qscope_exact_passes counts them
+ALL_PASSES = 3
+
+
+@pytest.fixture(params=PASSES)
 def each_pass(request):
-    """Every test with the bfloat16 pass where the CPU has one, and with the float32 pass."""
-    lib = library()
-    if request.param == "bf16" and not lib.qscope_exact_bf16(1):
-        pytest.skip("this CPU has no AVX512-BF16; the float32 pass is tested")
-    if request.param == "float32":
-        lib.qscope_exact_bf16(0)
+    """Every test with each low-precision pass that the CPU has, and with the float32 pass."""
+    lib, wanted = library(), PASSES[request.param]
+    if lib.qscope_exact_passes(wanted) != wanted:
+        lib.qscope_exact_passes(ALL_PASSES)
+        pytest.skip(f"this CPU has no instructions for the {request.param} pass; the float32 pass is tested")
     yield request.param
-    lib.qscope_exact_bf16(1)
+    lib.qscope_exact_passes(ALL_PASSES)
 
 
 @pytest.fixture
@@ -71,6 +74,10 @@ def check(x, W, b, k):
     assert (near <= candidates)[fine & margin.isfinite()].all()
     plain = topk_encode(x, W, b, k)
     torch.testing.assert_close(plain, got[:2], rtol=0, atol=0, equal_nan=True)
+    for mu in (None, x[-1].float()):  # any mu gives the same bits, a useless one too
+        packed = topk_encode_packed(x, pack_encoder(W, b, mu), k)
+        torch.testing.assert_close(packed[:2], got[:2], rtol=0, atol=0, equal_nan=True)
+        assert ((packed[2] >= k) & (packed[2] <= F)).all() and packed[3][~fine].isnan().all()
     return candidates
 
 
@@ -241,14 +248,14 @@ def test_whatever_the_numbers(data):
     x, W = numbers(N, D), numbers(F, D)
     lib = library()
     try:
-        for bf16 in (0, 1):
-            lib.qscope_exact_bf16(bf16)
+        for passes in (*PASSES.values(), ALL_PASSES):
+            lib.qscope_exact_passes(passes)
             check(x, W, bias, k)
     finally:
-        lib.qscope_exact_bf16(1)
+        lib.qscope_exact_passes(ALL_PASSES)
 
 
-def edge_of_the_bound(pairs=6, D=256, k=4):
+def edge_of_bfloat16(pairs=6, D=256, k=4):
     """For each row (and its negative: the mean is zero) one feature whose rounding loses nearly half a unit: the pass
     sees 1 for 1.0039. And k impostors whose rounding gains as much, with one element a little smaller."""
     g = torch.Generator().manual_seed(3)
@@ -261,22 +268,70 @@ def edge_of_the_bound(pairs=6, D=256, k=4):
     return x, W, torch.zeros(len(W)), k
 
 
+def edge_of_int8(pairs=6, D=256, k=4):
+    """The same for codes: a first element of 127 makes the step one; 10.498 becomes 10, an impostor's 10.502 11."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 2, (pairs, D), generator=g) * 2.0 - 1
+    x = torch.cat([x, -x])
+    true, impostor = x * 10.498, x * 10.502
+    impostor[:, 1] = x[:, 1] * 8
+    true[:, 0] = impostor[:, 0] = x[:, 0] * 127
+    W = torch.cat([impostor.repeat_interleave(k, 0), true, torch.zeros(40, D)])
+    return x, W, torch.zeros(len(W)), k
+
+
+def edge_of_float16(D=256, k=4):
+    """Rows whose rounding to float16 loses delta of every element, which is all that the true feature (all ones) has;
+    the impostors (minus one) gain it, and a bias brings them just below. The other half of the rows makes the mean 0."""
+    delta = 0.498 * 2.0**-10
+    x = torch.full((D,), 1.5)
+    x[::2] = -1.5
+    x = torch.stack([x + delta] * 3 + [-x - delta] * 3)
+    W = torch.cat([-torch.ones(k, D), torch.ones(1, D), torch.zeros(40, D)])
+    b = torch.zeros(len(W))
+    b[:k] = 2 * delta * D * 0.99
+    return x, W, b, k
+
+
+EDGES = {"int8": edge_of_int8, "bf16": edge_of_bfloat16, "float16": edge_of_float16}
+
+
 @needs_native
-def test_the_edge_of_the_bound(each_pass):
-    check(*edge_of_the_bound())
+@pytest.mark.parametrize("edge", EDGES)
+def test_the_edge_of_the_bound(edge, each_pass):
+    check(*EDGES[edge]())
 
 
 @needs_native
 @pytest.mark.parametrize("scale", [0.95, 0.5])
-def test_a_weaker_bound_misses(bound_scale, scale):
-    """The bound is used, and is not larger than it has to be by more than a twentieth here."""
-    if not library().qscope_exact_bf16(1):
-        pytest.skip("this CPU has no AVX512-BF16")
-    x, W, b, k = edge_of_the_bound()
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_weaker_bound_misses(bound_scale, scale, edge):
+    """Each bound is used, and is not larger than it has to be by more than a twentieth here."""
+    lib, wanted = library(), PASSES.get(edge, PASSES["int8"])
+    x, W, b, k = EDGES[edge]()
     want = oracle(x, W, b, k)[1]
-    assert torch.equal(topk_encode(x, W, b, k)[1], want)
-    bound_scale(scale)
-    assert (topk_encode(x, W, b, k)[1] != want).any(1).all()
+    try:
+        if lib.qscope_exact_passes(wanted) != wanted:
+            pytest.skip(f"this CPU has no instructions for this pass: {edge}")
+        assert torch.equal(topk_encode(x, W, b, k)[1], want)
+        bound_scale(scale)
+        half = slice(len(x) // 2)
+        assert (topk_encode(x, W, b, k)[1] != want)[half].any(1).all()
+        assert edge == "bf16" or (topk_encode_packed(x, pack_encoder(W, b), k)[1] != want)[half].any(1).all()
+    finally:
+        lib.qscope_exact_passes(ALL_PASSES)
+
+
+@needs_native
+def test_the_margin_is_near_the_gap(each_pass):
+    """The proven margin is at most the gap between the k-th score and the next, and most of it."""
+    x, W, b = sae_like(40, 128, 2000, 10)
+    scores = all_exact_scores(x, W, b).sort(dim=1, descending=True).values
+    gap = scores[:, 9] - scores[:, 10]
+    candidates, margin = topk_encode_certified(x, W, b, 10)[2:]
+    within = (candidates == 10).nonzero().flatten()
+    assert (margin[within] <= gap[within]).all() and (margin >= 0).all()
+    assert (margin / gap).median() > (0.3 if each_pass != "float32" else 0)  # its lists are final: the k-th bound
 
 
 @needs_native
@@ -284,7 +339,7 @@ def test_a_float32_pass_without_bound_misses(bound_scale):
     """Permutations of one feature: exact scores tie, float32 sums do not."""
     lib = library()
     try:
-        lib.qscope_exact_bf16(0)
+        lib.qscope_exact_passes(PASSES["float32"])
         g = torch.Generator().manual_seed(5)
         x = torch.cat([torch.ones(6, 512), -torch.ones(6, 512)])
         row = torch.randn(512, generator=g)
@@ -295,16 +350,16 @@ def test_a_float32_pass_without_bound_misses(bound_scale):
         bound_scale(0.0)
         assert (topk_encode(x, W, None, 5)[1] != want).any()
     finally:
-        lib.qscope_exact_bf16(1)
+        lib.qscope_exact_passes(ALL_PASSES)
 
 
 def test_the_reference_method():
-    for args in (sae_like(9, 80, 400, 7), edge_of_the_bound()[:3], sinks(*sae_like(15, 60, 300, 7))):
+    for args in (sae_like(9, 80, 400, 7), edge_of_bfloat16()[:3], sinks(*sae_like(15, 60, 300, 7))):
         values, indices, _ = oracle(*args, 4)
         got = certified_topk(*args, 4)
         torch.testing.assert_close((got[0].relu(), got[1]), (values, indices), rtol=0, atol=0)
         assert (got[2] >= 4).all() and (got[2] < len(args[1])).any() and (got[3] >= 0).all()
-    x, W, b, k = edge_of_the_bound()
+    x, W, b, k = edge_of_bfloat16()
     assert (certified_topk(x, W, b, k, scale=0.95)[1] != oracle(x, W, b, k)[1]).any(1).all()
 
 
@@ -325,8 +380,8 @@ def test_same_bits_for_every_instruction_set_thread_count_and_batch(limit_isa):
     try:
         for isa in native.ISA_NAMES:
             limit_isa(isa)
-            for bf16 in (0, 1):
-                lib.qscope_exact_bf16(bf16)
+            for passes in PASSES.values():
+                lib.qscope_exact_passes(passes)
                 for count in (1, 3):
                     torch.set_num_threads(count)
                     torch.testing.assert_close(topk_encode(x, W, b, 11), first, rtol=0, atol=0)
@@ -335,7 +390,7 @@ def test_same_bits_for_every_instruction_set_thread_count_and_batch(limit_isa):
                 torch.testing.assert_close(part, (first[0][rows], first[1][rows]), rtol=0, atol=0)
     finally:
         torch.set_num_threads(threads)
-        lib.qscope_exact_bf16(1)
+        lib.qscope_exact_passes(ALL_PASSES)
 
 
 @needs_native

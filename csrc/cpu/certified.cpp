@@ -1,5 +1,6 @@
-// Exact encode: a low-precision pass lists, for each row, the features that may belong to its k best; those are scored
-// in float64. A row whose list grows too long, or whose numbers are out of range, is scored in full.
+// Exact encode: a low-precision pass lists, for each row, the features that may belong to its k best; float32 products
+// narrow the list, and what is left is scored in float64. A row whose list grows too long goes to the next finer pass,
+// and at last, as one whose numbers are out of range, is scored in full.
 #include "certified.h"
 #include "certified_encode.h"
 
@@ -7,15 +8,16 @@
 #include "for_each_isa.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
-#define QSCOPE_HAS_BF16 1
+#define QSCOPE_HAS_DOTS 1
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512vnni,avx512f,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vnni,avx512f,avx2,fma,f16c")
 #endif
 namespace qscope::avx512 {
 #include "certified_bf16.h"
+#include "certified_int8.h"
 }  // namespace qscope::avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -23,7 +25,7 @@ namespace qscope::avx512 {
 #pragma GCC pop_options
 #endif
 #else
-#define QSCOPE_HAS_BF16 0
+#define QSCOPE_HAS_DOTS 0
 #endif
 
 #include "topk_select.h"
@@ -36,17 +38,29 @@ constexpr int64_t kDirectRows = 4;           // so few rows are bound by reading
 constexpr int64_t kListMemory = 64ll << 20;  // contenders of all threads together
 constexpr int64_t kFullGroup = 64;           // rows scored in full per pass over the weights
 constexpr int64_t kFeatureTask = 64;
+// Rows whose rounding to int8 loses more than this part of their norm, over sqrt(D), would list most of F.
+constexpr double kMostLost = 0.8;
+
+enum Pass : int { kFloat32 = 0, kBf16 = 1, kInt8 = 2 };
 
 std::atomic<double> bound_scale{1.0};
-std::atomic<bool> bf16_wanted{true};
+std::atomic<int> passes_wanted{kBf16 | kInt8};
 
-bool bf16_supported() {
-#if QSCOPE_HAS_BF16
-  static const bool supported = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+// The low-precision passes that this CPU has, as flags.
+int passes_supported() {
+#if QSCOPE_HAS_DOTS
+  static const int supported = best_isa() != Isa::kAvx512 ? 0
+                               : (__builtin_cpu_supports("avx512bf16") ? kBf16 : 0) |
+                                     (__builtin_cpu_supports("avx512vnni") ? kInt8 : 0);
   return supported;
 #else
-  return false;
+  return 0;
 #endif
+}
+
+bool have(Pass pass, int64_t D) {
+  return isa() == Isa::kAvx512 && (passes_wanted & passes_supported() & pass) != 0 &&
+         (pass != kInt8 || D <= kMostCodedColumns);
 }
 
 // Subnormal numbers and rounding to nearest, whatever the calling thread has set.
@@ -69,241 +83,344 @@ void share(int64_t tasks, int64_t slots, const F& f) {
   });
 }
 
+struct Row {
+  const float* x;
+  int64_t n;  // of the output
+};
+
+// Pairs of a row and a feature, grouped by feature, so that a row of W is read once for all the rows of x that need it.
+template <typename T>
+struct Pairs {
+  std::vector<int64_t> offset;  // [F + 1]
+  std::vector<const T*> from;   // rows of x
+  std::vector<Place> to;
+};
+
 template <typename TW>
 struct ExactEncoder {
   int64_t N, D, F, k, slots, capacity, block_rows;
   const TW* W;
   const float* bias;
+  CodedWeights coded;
   float* values;
   int32_t* indices;
   Certificate certificate;
-  bool bf16_pass;
-  int64_t tile_bytes;
+  bool codes_pay = true;
 
-  ExactEncoder(int64_t N, int64_t D, int64_t F, int64_t k, const TW* W, const float* bias, float* values,
-               int32_t* indices, Certificate certificate)
-      : N(N), D(D), F(F), k(k), slots(num_threads()), W(W), bias(bias), values(values), indices(indices),
-        certificate(certificate) {
-    bf16_pass = bf16_wanted && isa() == Isa::kAvx512 && bf16_supported();
+  ExactEncoder(int64_t N, int64_t D, int64_t F, int64_t k, const TW* W, const float* bias, CodedWeights coded,
+               float* values, int32_t* indices, Certificate certificate)
+      : N(N), D(D), F(F), k(k), slots(num_threads()), W(W), bias(bias), coded(coded), values(values),
+        indices(indices), certificate(certificate) {
     capacity = list_capacity(k, F, kPanel);
-    const int64_t fit = kListMemory / (slots * capacity * static_cast<int64_t>(sizeof(Contender)));
+    const int64_t fit = kListMemory / (slots * capacity * static_cast<int64_t>(sizeof(Candidate)));
     block_rows = std::clamp<int64_t>(std::min(fit, N) / kTileRows * kTileRows + kTileRows, kTileRows, kBlockRows);
-    tile_bytes = kTileRows * (bf16_pass ? (D + 31) / 32 * 64 : D * 4);
   }
 
   template <typename TX>
-  void run(const TX* x) const {
+  void run(const TX* x) {
     Buffer<float> wide(std::is_same_v<TX, float> ? 0 : block_rows * D);
     for (int64_t n0 = 0; n0 < N; n0 += block_rows) {
-      const int64_t rows = std::min(block_rows, N - n0);
+      std::vector<Row> rows(static_cast<size_t>(std::min(block_rows, N - n0)));
+      for (size_t i = 0; i < rows.size(); ++i) rows[i].n = n0 + static_cast<int64_t>(i);
       if constexpr (std::is_same_v<TX, float>) {
-        encode_block(x + n0 * D, rows, n0);
+        for (Row& row : rows) row.x = x + row.n * D;
       } else {
-        share(rows, slots, [&](int64_t, int64_t r) {
-          for (int64_t d = 0; d < D; ++d) wide.get()[r * D + d] = widen(x[(n0 + r) * D + d]);
+        share(static_cast<int64_t>(rows.size()), slots, [&](int64_t, int64_t r) {
+          float* to = wide.get() + r * D;
+          for (int64_t d = 0; d < D; ++d) to[d] = widen(x[(n0 + r) * D + d]);
+          rows[static_cast<size_t>(r)].x = to;
         });
-        encode_block(wide.get(), rows, n0);
       }
+      encode_block(std::move(rows));
     }
   }
 
-  void encode_block(const float* x, int64_t rows, int64_t n0) const {
-    std::vector<char> full(static_cast<size_t>(rows), rows <= kDirectRows);
-    if (rows > kDirectRows) certify(x, rows, n0, full);
-    std::vector<int64_t> left;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (full[static_cast<size_t>(r)]) left.push_back(r);
+  void encode_block(std::vector<Row> rows) {
+    const size_t all = rows.size();
+    if (codes_pay && have(kInt8, D) && (coded.codes != nullptr || all > kDirectRows)) {
+      rows = certify(kInt8, rows);
+      codes_pay = rows.size() <= all / 2;
     }
-    for (size_t begin = 0; begin < left.size(); begin += kFullGroup) {
-      const size_t count = std::min(left.size() - begin, static_cast<size_t>(kFullGroup));
-      encode_full(x, left.data() + begin, static_cast<int64_t>(count), n0);
+    if (rows.size() > kDirectRows) rows = certify(have(kBf16, D) ? kBf16 : kFloat32, rows);
+    for (size_t begin = 0; begin < rows.size(); begin += kFullGroup) {
+      encode_full(rows.data() + begin, static_cast<int64_t>(std::min<size_t>(rows.size() - begin, kFullGroup)));
     }
   }
 
   // The mean of the rows of ordinary norm: sinks would pull it away from all others. Zero if there is none.
-  std::vector<float> centre(const float* x, int64_t rows) const {
-    std::vector<double> norms(static_cast<size_t>(rows));
-    share(rows, slots, [&](int64_t, int64_t r) {
+  std::vector<float> centre(const std::vector<Row>& rows) const {
+    std::vector<double> norms(rows.size());
+    share(static_cast<int64_t>(rows.size()), slots, [&](int64_t, int64_t r) {
+      const float* x = rows[static_cast<size_t>(r)].x;
       double sum = 0;
-      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(x[r * D + d]) * x[r * D + d];
+      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(x[d]) * x[d];
       norms[static_cast<size_t>(r)] = sum <= kLargest * kLargest ? sum : std::numeric_limits<double>::infinity();
     });
     std::vector<double> sorted = norms;
-    std::nth_element(sorted.begin(), sorted.begin() + rows / 2, sorted.end());
-    const double most = 16 * sorted[static_cast<size_t>(rows / 2)];
+    std::nth_element(sorted.begin(), sorted.begin() + static_cast<int64_t>(rows.size() / 2), sorted.end());
+    const double most = 16 * sorted[rows.size() / 2];
     std::vector<double> sum(static_cast<size_t>(D));
     std::vector<float> mean(static_cast<size_t>(D));
     int64_t count = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (!(norms[static_cast<size_t>(r)] <= most && std::isfinite(most))) continue;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (!(norms[r] <= most && std::isfinite(most))) continue;
       ++count;
-      for (int64_t d = 0; d < D; ++d) sum[static_cast<size_t>(d)] += x[r * D + d];
+      for (int64_t d = 0; d < D; ++d) sum[static_cast<size_t>(d)] += rows[r].x[d];
     }
     for (size_t d = 0; count > 0 && d < mean.size(); ++d) mean[d] = static_cast<float>(sum[d] / count);
     return mean;
   }
 
-  void certify(const float* x, int64_t rows, int64_t n0, std::vector<char>& full) const {
-    const std::vector<float> mu = centre(x, rows);
+  // Writes the answers of the rows that the pass can decide; returns the others.
+  std::vector<Row> certify(Pass kind, const std::vector<Row>& rows) const {
+    const bool given = kind == kInt8 && coded.codes != nullptr;
+    const std::vector<float> mu = given ? std::vector<float>(coded.mu, coded.mu + D) : centre(rows);
     double mean = 0;
     for (const float m : mu) mean += static_cast<double>(m) * m;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    Buffer<char> packed(tiles * tile_bytes);
-    std::vector<RowBound> bounds(static_cast<size_t>(rows));
-    std::vector<std::atomic<float>> thresholds(static_cast<size_t>(rows));
+    const int64_t count = static_cast<int64_t>(rows.size());
+    std::vector<char> left(rows.size());
+    std::vector<RowBound> bounds(rows.size());
+    std::vector<std::atomic<float>> thresholds(rows.size());
     for (std::atomic<float>& threshold : thresholds) threshold = -std::numeric_limits<float>::infinity();
-    const PassBlock block{packed.get(), mu.data(), bias, bounds.data(), thresholds.data(), rows, D, F, k,
-                          static_cast<size_t>(std::max<int64_t>(4096, F / 8)),
-                          BoundTerms(D, std::sqrt(mean) * kSafe, bound_scale)};
-    pack(x, block, packed.get(), bounds.data(), full);
-    std::vector<Contenders> lists(static_cast<size_t>(slots * rows));
+    PassBlock block{nullptr, mu.data(), bias, bounds.data(), thresholds.data(), count, D, F, k,
+                    static_cast<size_t>(std::max<int64_t>(4096, F / 2)),
+                    BoundTerms(D, std::sqrt(mean) * kSafe, bound_scale)};
+    const int64_t tile_bytes = kTileRows * (kind == kInt8 ? padded_codes(D) : kind == kBf16 ? (D + 31) / 32 * 64 : D * 4);
+    Buffer<char> packed(block.tiles() * tile_bytes);
+    block.x = packed.get();
+    pack(kind, rows, block, packed.get(), tile_bytes, bounds.data(), left);
+    const auto undecided = [&] {
+      std::vector<Row> out;
+      for (size_t r = 0; r < rows.size(); ++r) {
+        if (left[r]) out.push_back(rows[r]);
+      }
+      return out;
+    };
+    if (std::all_of(left.begin(), left.end(), [](char c) { return c != 0; })) return rows;
+    std::vector<Contenders> lists(static_cast<size_t>(slots * count));
     for (size_t i = 0; i < lists.size(); ++i) {
-      lists[i].reset(k);
-      lists[i].overflow = full[i % static_cast<size_t>(rows)];
+      lists[i].trigger = k + 128;
+      lists[i].overflow = left[i % rows.size()];
     }
-    pass(block, lists.data());
-    settle(block, lists.data(), full);
-    std::vector<int64_t> done(static_cast<size_t>(rows), 0);
-    score(x, block, lists.data(), done);
-    narrow(block, lists.data(), done);
-    score(x, block, lists.data(), done);
-    share(rows, slots, [&](int64_t, int64_t r) {
-      if (full[static_cast<size_t>(r)]) return;
-      choose(lists[static_cast<size_t>(r)].items, thresholds[static_cast<size_t>(r)], n0 + r);
+    std::vector<PanelBound> panels(static_cast<size_t>((F + kPanel - 1) / kPanel));
+    pass(kind, block, panels.data(), lists.data());
+    settle(block, lists.data(), left);
+    std::vector<int64_t> end(rows.size()), done(rows.size(), 0), scored(rows.size());
+    for (size_t r = 0; r < rows.size(); ++r) scored[r] = end[r] = lists[r].first;
+    score(rows, lists.data(), done, end);
+    tighten(block, lists.data(), done = end);
+    if (kind != kFloat32) refine(rows, block, bounds.data(), panels.data(), lists.data(), done, end);
+    for (size_t r = 0; r < rows.size(); ++r) scored[r] += (end[r] = lists[r].count) - done[r];
+    score(rows, lists.data(), done, end);
+    share(count, slots, [&](int64_t, int64_t r) {
+      if (left[static_cast<size_t>(r)]) return;
+      const size_t i = static_cast<size_t>(r);
+      choose(lists[i], scored[i], thresholds[i], rows[i].n);
     });
+    return undecided();
   }
 
-  void pack(const float* x, const PassBlock& block, char* packed, RowBound* bounds, std::vector<char>& full) const {
+  // left[r] is set for rows that this pass cannot bound, or not well.
+  void pack(Pass kind, const std::vector<Row>& rows, const PassBlock& block, char* packed, int64_t tile_bytes,
+            RowBound* bounds, std::vector<char>& left) const {
     share(block.tiles(), slots, [&](int64_t, int64_t t) {
       char* tile = packed + t * tile_bytes;
       std::memset(tile, 0, static_cast<size_t>(tile_bytes));
       for (int64_t r = 0; r < kTileRows && t * kTileRows + r < block.rows; ++r) {
-        const int64_t n = t * kTileRows + r;
-        const Sums sums = pack_row(x + n * D, block.mu, r, tile);
-        full[static_cast<size_t>(n)] = !block.terms.row(sums, D, bounds[n]);
+        const size_t i = static_cast<size_t>(t * kTileRows + r);
+        const Sums sums = pack_row(kind, rows[i].x, block.mu, r, tile, bounds[i].scale);
+        left[i] = !block.terms.row(sums, D, bounds[i]) ||
+                  (kind == kInt8 && sums.lost * static_cast<double>(D) > kMostLost * kMostLost * sums.kept);
       }
     });
   }
 
-  Sums pack_row(const float* x, const float* mu, int64_t r, void* tile) const {
-#if QSCOPE_HAS_BF16
-    if (bf16_pass) return avx512::round_row(x, mu, D, r, tile);
+  Sums pack_row(Pass kind, const float* x, const float* mu, int64_t r, void* tile, float& scale) const {
+    scale = 1;
+#if QSCOPE_HAS_DOTS
+    if (kind == kInt8) {
+      std::vector<int8_t> codes(static_cast<size_t>(padded_codes(D)));
+      const avx512::Coded coded_row = avx512::encode_x(x, mu, D, r, codes.data(), tile);
+      scale = coded_row.scale;
+      return coded_row.sums;
+    }
+    if (kind == kBf16) return avx512::round_row(x, mu, D, r, tile);
 #endif
     return QSCOPE_DISPATCH(pack_row(x, mu, D, r, tile));
   }
 
-  void pass(const PassBlock& block, Contenders* lists) const {
-    const int64_t depth = std::min(D, kDepth) + 32;
-    Buffer<uint32_t> panels(slots * depth * kPanel);
-    Buffer<float> products(slots * block.tiles() * kTileRows * kPanel);
-    std::vector<std::vector<float>> scratch(static_cast<size_t>(slots));
-    share((F + kPanel - 1) / kPanel, slots, [&](int64_t slot, int64_t panel) {
-      uint32_t* weights = panels.get() + slot * depth * kPanel;
-      float* c = products.get() + slot * block.tiles() * kTileRows * kPanel;
-      Contenders* list = lists + slot * block.rows;
-      std::vector<float>& own = scratch[static_cast<size_t>(slot)];
-#if QSCOPE_HAS_BF16
-      if (bf16_pass) return avx512::pass_panel_bf16(block, W, panel, weights, c, list, own);
-#endif
-      QSCOPE_DISPATCH(pass_panel(block, W, panel, reinterpret_cast<float*>(weights), c, list, own));
-    });
-  }
-
-  // Merges the threads' lists under the final threshold; the k features of largest lower bound come first.
-  void settle(const PassBlock& block, Contenders* lists, std::vector<char>& full) const {
-    std::vector<std::vector<float>> scratch(static_cast<size_t>(slots));
-    share(block.rows, slots, [&](int64_t slot, int64_t r) {
-      std::vector<Contender>& all = lists[r].items;
-      char& dead = full[static_cast<size_t>(r)];
-      for (int64_t s = 0; s < slots; ++s) {
-        const Contenders& list = lists[s * block.rows + r];
-        dead = dead || list.overflow;
-        if (s > 0) all.insert(all.end(), list.items.begin(), list.items.end());
+  void pass(Pass kind, const PassBlock& block, PanelBound* panels, Contenders* lists) const {
+    const int64_t depth = std::min(D, kDepth) + 32, room = block.tiles() * kTileRows * kPanel;
+    const int64_t bytes = kind == kInt8 ? coded_panel_bytes(D) + 16 * (padded_codes(D) + 64) : depth * kPanel * 4;
+    const int64_t panel_room = (bytes + 63) / 64 * 64;
+    Buffer<char> weights(slots * panel_room);
+    Buffer<float> products(slots * kGroup * room);
+    share((F + kGroup * kPanel - 1) / (kGroup * kPanel), slots, [&](int64_t slot, int64_t group) {
+      float* c = products.get() + slot * kGroup * room;
+      PanelBound* bounds = panels + group * kGroup;
+      for (int64_t g = 0; g < kGroup && (group * kGroup + g) * kPanel < F; ++g) {
+        multiply(kind, block, group * kGroup + g, weights.get() + slot * panel_room, c + g * room, bounds[g]);
       }
-      raise(block.thresholds[r], kth_low(all, k, scratch[static_cast<size_t>(slot)]));
-      drop(all, block.thresholds[r]);
-      dead = dead || all.size() > block.limit;
-      if (dead) return all.clear();
-      std::nth_element(all.begin(), all.begin() + (k - 1), all.end(),
-                       [](const Contender& a, const Contender& b) { return a.low > b.low; });
+      QSCOPE_DISPATCH(contend_panels(block, c, bounds, group * kGroup * kPanel, lists + slot * block.rows));
     });
   }
 
-  // Scores items done[r].. of each row, the first time only its first k; the score replaces the lower bound.
-  // Pairs are grouped by feature: a row of W is read once for all the rows of x that need it.
-  void score(const float* x, const PassBlock& block, Contenders* lists, std::vector<int64_t>& done) const {
-    std::vector<int64_t> offset(static_cast<size_t>(F + 1), 0);
+  // Products of all rows with one panel, and its bounds. `weights`: scratch.
+  void multiply(Pass kind, const PassBlock& block, int64_t panel, char* weights, float* c, PanelBound& bound) const {
+    const int64_t first = panel * kPanel;
+#if QSCOPE_HAS_DOTS
+    if (kind == kInt8) {
+      const int64_t width = std::min<int64_t>(kPanel, F - first), bytes = coded_panel_bytes(D);
+      const TW* rows = W + first * D;
+      const auto* codes = reinterpret_cast<const CodedPanel*>(coded.codes + panel * bytes);
+      const char* next = coded.codes + (panel + 1) * bytes;
+      int64_t ahead = bytes;
+      if (coded.codes == nullptr) {
+        auto* own = reinterpret_cast<CodedPanel*>(weights);
+        avx512::encode_panel(rows, width, bias == nullptr ? nullptr : bias + first, block.mu, block.terms, D,
+                             reinterpret_cast<int8_t*>(weights + bytes), *own);
+        codes = own;
+        next = reinterpret_cast<const char*>(rows + width * D);
+        ahead = kPanel * D * static_cast<int64_t>(sizeof(TW));
+      }
+      avx512::multiply_panel_int8(block, *codes, c, next, ahead);
+      bound = codes->bound;
+      return;
+    }
+    if (kind == kBf16) {
+      return avx512::pass_panel_bf16(block, W, first, reinterpret_cast<uint32_t*>(weights), c, bound);
+    }
+#endif
+    QSCOPE_DISPATCH(pass_panel(block, W, first, reinterpret_cast<float*>(weights), c, bound));
+  }
+
+  // Merges the threads' lists under the final threshold.
+  void settle(const PassBlock& block, Contenders* lists, std::vector<char>& left) const {
+    share(block.rows, slots, [&](int64_t, int64_t r) {
+      Contenders& all = lists[r];
+      char& dead = left[static_cast<size_t>(r)];
+      for (int64_t s = 0; s < slots; ++s) {
+        Contenders& list = lists[s * block.rows + r];
+        dead = dead || list.overflow;
+        if (s > 0) append(all, list, block.thresholds[r]);
+      }
+      raise(block.thresholds[r], QSCOPE_DISPATCH(near_kth_low(all, k, 14)));
+      QSCOPE_DISPATCH(drop(all, block.thresholds[r], std::numeric_limits<float>::infinity()));
+      dead = dead || all.count > static_cast<int64_t>(block.limit);
+      if (dead) return all.clear();
+      all.first = QSCOPE_DISPATCH(split(all, block.thresholds[r]));
+    });
+  }
+
+  void append(Contenders& all, Contenders& list, float threshold) const {
+    QSCOPE_DISPATCH(drop(list, threshold, std::numeric_limits<float>::infinity()));
+    all.room(list.count + 16);
+    std::copy_n(list.high.begin(), list.count, all.high.begin() + all.count);
+    std::copy_n(list.low.begin(), list.count, all.low.begin() + all.count);
+    std::copy_n(list.index.begin(), list.count, all.index.begin() + all.count);
+    all.count += list.count;
+  }
+
+  // Items begin[r]..end[r] of each row.
+  template <typename T>
+  Pairs<T> group(const std::vector<const T*>& rows, const Contenders* lists, const std::vector<int64_t>& begin,
+                 const std::vector<int64_t>& end) const {
+    Pairs<T> pairs;
+    std::vector<int64_t>& offset = pairs.offset;
+    offset.assign(static_cast<size_t>(F + 1), 0);
     const auto each = [&](const auto& f) {
-      for (int64_t r = 0; r < block.rows; ++r) {
-        std::vector<Contender>& items = lists[r].items;
-        const size_t begin = static_cast<size_t>(done[static_cast<size_t>(r)]);
-        const size_t end = begin == 0 ? std::min(items.size(), static_cast<size_t>(k)) : items.size();
-        for (size_t i = begin; i < end; ++i) f(r, items[i]);
+      for (size_t r = 0; r < rows.size(); ++r) {
+        for (int64_t i = begin[r]; i < end[r]; ++i) f(r, i, static_cast<size_t>(lists[r].index[static_cast<size_t>(i)]));
       }
     };
-    each([&](int64_t, Contender& item) { ++offset[static_cast<size_t>(item.index) + 1]; });
+    each([&](size_t, int64_t, size_t feature) { ++offset[feature + 1]; });
     for (size_t f = 0; f < static_cast<size_t>(F); ++f) offset[f + 1] += offset[f];
-    std::vector<const float*> from(static_cast<size_t>(offset.back() + kScoreAhead), x);
-    std::vector<float*> to(static_cast<size_t>(offset.back()));
+    const size_t count = static_cast<size_t>(offset.back());
+    pairs.from.assign(count + kScoreAhead, rows[0]);
+    pairs.to.resize(count);
     std::vector<int64_t> next(offset.begin(), offset.end() - 1);
-    each([&](int64_t r, Contender& item) {
-      const size_t at = static_cast<size_t>(next[static_cast<size_t>(item.index)]++);
-      from[at] = x + r * D;
-      to[at] = &item.low;
+    each([&](size_t r, int64_t i, size_t feature) {
+      const size_t at = static_cast<size_t>(next[feature]++);
+      pairs.from[at] = rows[r];
+      pairs.to[at] = {static_cast<int32_t>(r), static_cast<int32_t>(i)};
     });
+    return pairs;
+  }
+
+  // f(feature, its first pair, number of pairs, the feature wanted next) for every feature that a row needs.
+  template <typename T, typename E>
+  void for_features(const Pairs<T>& pairs, const E& f) const {
+    const std::vector<int64_t>& offset = pairs.offset;
     share((F + kFeatureTask - 1) / kFeatureTask, slots, [&](int64_t, int64_t task) {
       const int64_t end = std::min(F, (task + 1) * kFeatureTask);
-      const auto wanted = [&](int64_t f) {  // the first feature from f on that a row needs
-        while (f < end && offset[static_cast<size_t>(f)] == offset[static_cast<size_t>(f) + 1]) ++f;
-        return f;
+      const auto wanted = [&](int64_t g) {
+        while (g < end && offset[static_cast<size_t>(g)] == offset[static_cast<size_t>(g) + 1]) ++g;
+        return g;
       };
-      for (int64_t f = wanted(task * kFeatureTask); f < end;) {
-        const int64_t begin = offset[static_cast<size_t>(f)], count = offset[static_cast<size_t>(f) + 1] - begin;
-        const int64_t after = wanted(f + 1);
-        QSCOPE_DISPATCH(score_rows(from.data() + begin, count, W + f * D, 1, W + after * D,
-                                   bias == nullptr ? nullptr : bias + f, D, to.data() + begin));
-        f = after;
+      for (int64_t g = wanted(task * kFeatureTask); g < end;) {
+        const int64_t begin = offset[static_cast<size_t>(g)], after = wanted(g + 1);
+        f(g, begin, offset[static_cast<size_t>(g) + 1] - begin, after);
+        g = after;
       }
     });
-    for (int64_t r = 0; r < block.rows; ++r) {
-      done[static_cast<size_t>(r)] = std::min<int64_t>(k, static_cast<int64_t>(lists[r].items.size()));
-    }
   }
 
-  // The smallest of k exact scores is a better threshold than the k-th lower bound. What stays in `thresholds` bounds
-  // every feature that is dropped.
-  void narrow(const PassBlock& block, Contenders* lists, const std::vector<int64_t>& done) const {
+  // Replaces the bounds of items done[r]..end[r] of each row by their score. First for about k items of largest lower
+  // bound, whose scores are a threshold that drops most of the others; at last for what is left.
+  void score(const std::vector<Row>& rows, Contenders* lists, const std::vector<int64_t>& done,
+             const std::vector<int64_t>& end) const {
+    std::vector<const float*> xs;
+    for (const Row& row : rows) xs.push_back(row.x);
+    const Pairs<float> pairs = group(xs, lists, done, end);
+    for_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
+      const Place* places = pairs.to.data() + begin;
+      std::vector<float*> to(static_cast<size_t>(count));
+      for (size_t i = 0; i < to.size(); ++i) to[i] = &lists[places[i].row].low[static_cast<size_t>(places[i].position)];
+      QSCOPE_DISPATCH(score_rows(pairs.from.data() + begin, count, W + f * D, 1, W + after * D,
+                                 bias == nullptr ? nullptr : bias + f, D, to.data()));
+      for (int64_t i = 0; i < count; ++i) QSCOPE_DISPATCH(settle_item(lists[places[i].row], places[i].position));
+    });
+  }
+
+  // Narrows the intervals of the other items: float16 rows with the features as they are lose a thousandth of what int8
+  // loses, in half of float32's bytes.
+  void refine(const std::vector<Row>& rows, const PassBlock& block, RowBound* bounds, const PanelBound* panels,
+              Contenders* lists, std::vector<int64_t>& done, std::vector<int64_t>& end) const {
+    Buffer<f16> halves(block.rows * D);
+    std::vector<const f16*> at(rows.size());
     share(block.rows, slots, [&](int64_t, int64_t r) {
-      std::vector<Contender>& items = lists[r].items;
-      const size_t scored = static_cast<size_t>(done[static_cast<size_t>(r)]);
-      if (scored == 0) return;
-      float least = std::numeric_limits<float>::infinity();
-      for (size_t i = 0; i < scored; ++i) {
-        if (std::isnan(items[i].low)) return;
-        least = std::min(least, items[i].low);
-      }
-      size_t kept = scored;
-      for (size_t i = scored; i < items.size(); ++i) {
-        if (items[i].high >= least) {
-          items[kept++] = items[i];
-        } else {
-          block.thresholds[r] = std::max(block.thresholds[r].load(), items[i].high);
-        }
-      }
-      items.resize(kept);
+      const size_t i = static_cast<size_t>(r);
+      at[i] = halves.get() + r * D;
+      end[i] = lists[r].count;
+      const Sums sums =
+          QSCOPE_DISPATCH(halve_row(rows[i].x, block.mu, D, halves.get() + r * D, bounds[r].half_scale));
+      bounds[r].half_A = block.terms.half(sums, D);
+    });
+    const Pairs<f16> pairs = group(at, lists, done, end);
+    for_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
+      QSCOPE_DISPATCH(refine_rows(pairs.from.data() + begin, pairs.to.data() + begin, count, W + f * D, W + after * D,
+                                  block, panels[f / kPanel], f % kPanel, lists));
+    });
+    tighten(block, lists, done);
+  }
+
+  // Drops what the k-th largest lower bound excludes. What stays in `thresholds` bounds every feature that is dropped.
+  // The first done[r] items are scored; those of them that remain still come first.
+  void tighten(const PassBlock& block, Contenders* lists, std::vector<int64_t>& done) const {
+    share(block.rows, slots, [&](int64_t, int64_t r) {
+      Contenders& list = lists[r];
+      const float tau = below(QSCOPE_DISPATCH(near_kth_low(list, k, 20)));
+      int64_t& scored = done[static_cast<size_t>(r)];
+      scored = std::count_if(list.high.begin(), list.high.begin() + scored, [&](float high) { return high > tau; });
+      block.thresholds[r] = QSCOPE_DISPATCH(drop(list, tau, block.thresholds[r]));
     });
   }
 
-  // `bound` is not below any score that is not among the items.
-  void choose(const std::vector<Contender>& items, float bound, int64_t n) const {
+  // `count` features were scored; `bound` is not below any score that is not among the items.
+  void choose(const Contenders& list, int64_t count, float bound, int64_t n) const {
     std::vector<Candidate> all;
-    bool nan = false;
-    for (const Contender& item : items) {
-      all.push_back({item.low, item.index});
-      nan = nan || std::isnan(item.low);
-    }
-    const int64_t count = static_cast<int64_t>(all.size());
-    if (nan) return write_row(nullptr, n, count, std::numeric_limits<float>::quiet_NaN());
+    for (size_t i = 0; i < static_cast<size_t>(list.count); ++i) all.push_back({list.low[i], list.index[i]});
+    if (list.nan) return write_row(nullptr, n, count, std::numeric_limits<float>::quiet_NaN());
     std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
     const float gap = static_cast<float>(static_cast<double>(all[static_cast<size_t>(k - 1)].value) - bound);
     const float margin = std::max(0.0f, std::nextafter(gap, -std::numeric_limits<float>::infinity()));
@@ -322,10 +439,10 @@ struct ExactEncoder {
   }
 
   // Every score of the rows given.
-  void encode_full(const float* x, const int64_t* chosen, int64_t count, int64_t n0) const {
+  void encode_full(const Row* rows, int64_t count) const {
     std::vector<const float*> from;
-    for (int64_t i = 0; i < count; ++i) from.push_back(x + chosen[i] * D);
-    from.insert(from.end(), kScoreAhead, x);
+    for (int64_t i = 0; i < count; ++i) from.push_back(rows[i].x);
+    from.insert(from.end(), kScoreAhead, rows[0].x);
     Buffer<Candidate> items(slots * count * capacity);
     Buffer<float> scores(slots * count * kPanel);
     std::vector<TopList> lists(static_cast<size_t>(slots * count));
@@ -344,28 +461,57 @@ struct ExactEncoder {
         nan = nan || list.nan;
         all.insert(all.end(), list.items, list.items + list.count);
       }
-      if (nan) return write_row(nullptr, n0 + chosen[i], F, std::numeric_limits<float>::quiet_NaN());
+      if (nan) return write_row(nullptr, rows[i].n, F, std::numeric_limits<float>::quiet_NaN());
       std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
-      write_row(all.data(), n0 + chosen[i], F, std::numeric_limits<float>::infinity());
+      write_row(all.data(), rows[i].n, F, std::numeric_limits<float>::infinity());
     });
   }
 };
 
 }  // namespace
 
-void encode_exact(const Tensor& x, const Tensor& W, const std::optional<Tensor>& bias, int64_t k, float* values,
-                  int32_t* indices, Certificate certificate) {
+void encode_exact(const Tensor& x, const Tensor& W, const std::optional<Tensor>& bias, CodedWeights coded, int64_t k,
+                  float* values, int32_t* indices, Certificate certificate) {
   [[maybe_unused]] const PlainArithmetic plain;
   with_float_type(W, "W_enc", [&](auto* tw) {
     using TW = std::remove_cvref_t<decltype(*tw)>;
-    const ExactEncoder<TW> encoder(x.size(0), x.size(1), W.size(0), k, data<TW>(W),
-                                   bias ? data<float>(*bias) : nullptr, values, indices, certificate);
+    ExactEncoder<TW> encoder(x.size(0), x.size(1), W.size(0), k, data<TW>(W), bias ? data<float>(*bias) : nullptr,
+                             coded, values, indices, certificate);
     with_float_type(x, "x", [&](auto* tx) { encoder.run(data<std::remove_cvref_t<decltype(*tx)>>(x)); });
   });
 }
 
+int64_t coded_bytes(int64_t F, int64_t D) {
+  return have(kInt8, D) ? (F + kPanel - 1) / kPanel * coded_panel_bytes(D) : 0;
+}
+
+void encode_weights([[maybe_unused]] const Tensor& W, [[maybe_unused]] const std::optional<Tensor>& bias,
+                    [[maybe_unused]] const float* mu, [[maybe_unused]] char* codes) {
+#if QSCOPE_HAS_DOTS
+  [[maybe_unused]] const PlainArithmetic plain;
+  const int64_t F = W.size(0), D = W.size(1), slots = num_threads(), scratch = 16 * (padded_codes(D) + 64);
+  double mean = 0;
+  for (int64_t d = 0; d < D; ++d) mean += static_cast<double>(mu[d]) * mu[d];
+  const BoundTerms terms(D, std::sqrt(mean) * kSafe, bound_scale);
+  const float* b = bias ? data<float>(*bias) : nullptr;
+  Buffer<int8_t> rows(slots * scratch);
+  with_float_type(W, "W_enc", [&](auto* tw) {
+    using TW = std::remove_cvref_t<decltype(*tw)>;
+    share((F + kPanel - 1) / kPanel, slots, [&](int64_t slot, int64_t panel) {
+      const int64_t first = panel * kPanel;
+      avx512::encode_panel(data<TW>(W) + first * D, std::min<int64_t>(kPanel, F - first), b ? b + first : nullptr, mu,
+                           terms, D, rows.get() + slot * scratch,
+                           *reinterpret_cast<CodedPanel*>(codes + panel * coded_panel_bytes(D)));
+    });
+  });
+#endif
+}
+
 }  // namespace qscope
 
-// For tests: weakens the bound (1 restores it), and switches the bfloat16 pass off or on; each returns what holds now.
+// For tests: weakens the bound (1 restores it); allows low-precision passes (1: bfloat16, 2: int8). Each returns what
+// holds now.
 extern "C" double qscope_exact_bound_scale(double scale) { return qscope::bound_scale = scale; }
-extern "C" int qscope_exact_bf16(int wanted) { return (qscope::bf16_wanted = wanted != 0) && qscope::bf16_supported(); }
+extern "C" int qscope_exact_passes(int wanted) {
+  return (qscope::passes_wanted = wanted) & qscope::passes_supported();
+}

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor W, std::optional<Tensor>
   Tensor values = new_tensor(x, {x.size(0), k}, exact ? ScalarType::Float : ScalarType::BFloat16);
   Tensor indices = new_tensor(x, {x.size(0), k}, ScalarType::Int);
   if (exact) {
-    encode_exact(torch::stable::contiguous(x), torch::stable::contiguous(W), float_bias(b), k,
+    encode_exact(torch::stable::contiguous(x), torch::stable::contiguous(W), float_bias(b), {nullptr, nullptr}, k,
                  mutable_data<float>(values), mutable_data<int32_t>(indices), {nullptr, nullptr});
   } else {
     encode_bf16(x, W, b, k, values, indices);
@@ -57,16 +57,42 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor W, std::optional<Tensor>
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> topk_encode_certified(Tensor x, Tensor W, std::optional<Tensor> b,
-                                                                 int64_t k) {
-  check(x, W, b, k);
+std::tuple<Tensor, Tensor, Tensor, Tensor> certified(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b,
+                                                     CodedWeights coded, int64_t k) {
   const int64_t N = x.size(0);
   Tensor values = new_tensor(x, {N, k}, ScalarType::Float), indices = new_tensor(x, {N, k}, ScalarType::Int);
   Tensor candidates = new_tensor(x, {N}, ScalarType::Int), margin = new_tensor(x, {N}, ScalarType::Float);
-  encode_exact(torch::stable::contiguous(x), torch::stable::contiguous(W), float_bias(b), k,
+  encode_exact(torch::stable::contiguous(x), torch::stable::contiguous(W), float_bias(b), coded, k,
                mutable_data<float>(values), mutable_data<int32_t>(indices),
                {mutable_data<int32_t>(candidates), mutable_data<float>(margin)});
   return {values, indices, candidates, margin};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_encode_certified(Tensor x, Tensor W, std::optional<Tensor> b,
+                                                                 int64_t k) {
+  check(x, W, b, k);
+  return certified(x, W, b, {nullptr, nullptr}, k);
+}
+
+std::vector<Tensor> pack_encoder(Tensor W, std::optional<Tensor> b, Tensor mu, [[maybe_unused]] bool pair) {
+  require(W.dim() == 2 && mu.dim() == 1 && mu.size(0) == W.size(1), "W_enc must be [F, D] and mu [D]");
+  require(!b || (b->dim() == 1 && b->size(0) == W.size(0)), "b_enc must be [F]");
+  const Tensor weights = torch::stable::contiguous(W), centre = float_contiguous(mu);
+  Tensor codes = new_tensor(W, {coded_bytes(W.size(0), W.size(1))}, ScalarType::Byte);
+  if (codes.numel() > 0) encode_weights(weights, float_bias(b), data<float>(centre), mutable_data<char>(codes));
+  return {codes};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_encode_packed(Tensor x, Tensor W, std::optional<Tensor> b, Tensor mu,
+                                                              std::vector<Tensor> packed, int64_t k) {
+  check(x, W, b, k);
+  require(mu.dim() == 1 && mu.size(0) == W.size(1) && packed.size() == 1, "mu must be [D], packed one tensor of codes");
+  const Tensor centre = float_contiguous(mu), &codes = packed[0];
+  if (codes.numel() == 0 || coded_bytes(W.size(0), W.size(1)) == 0) return certified(x, W, b, {nullptr, nullptr}, k);
+  require(codes.scalar_type() == ScalarType::Byte && codes.numel() == coded_bytes(W.size(0), W.size(1)) &&
+              reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 64 == 0 && codes.is_contiguous(),
+          "the codes must be those that pack_encoder made of these weights");
+  return certified(x, W, b, {data<float>(centre), data<char>(codes)}, k);
 }
 
 }  // namespace
@@ -75,4 +101,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_encode_certified(Tensor x, Tenso
 STABLE_TORCH_LIBRARY_IMPL(qscope, CPU, m) {
   m.impl("topk_encode", TORCH_BOX(&qscope::topk_encode));
   m.impl("topk_encode_certified", TORCH_BOX(&qscope::topk_encode_certified));
+  m.impl("pack_encoder", TORCH_BOX(&qscope::pack_encoder));
+  m.impl("topk_encode_packed", TORCH_BOX(&qscope::topk_encode_packed));
 }

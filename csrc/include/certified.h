@@ -22,6 +22,7 @@
 namespace qscope {
 
 constexpr int64_t kSlab = 512;   // columns summed in float32 before the sum moves to float64
+constexpr int64_t kGroup = 4;   // panels multiplied before their products are looked at
 constexpr int64_t kScoreAhead = 4;  // rows read ahead of the one being scored
 constexpr double kUnit = 0x1p-24;
 constexpr double kSafe = 1 + 0x1p-17;      // above every rounding in the evaluation of the bound itself
@@ -36,12 +37,27 @@ struct Sums {
 
 struct RowBound {
   float A, B;
+  float scale;        // of the int8 codes
+  float half_A;       // A of the float16 row that narrows the intervals, whose products have exact features (B = 0)
+  float half_scale;   // of that row: a power of two
 };
 
 // Of one panel of 32 features. Features out of range have an infinite norm, which makes them candidates of every row.
 struct PanelBound {
   alignas(64) float norm[kPanel], lost[kPanel], above[kPanel], below[kPanel];
 };
+
+// One panel of W as int8 codes: W[first + i][4p + j] = scale[i] * codes[p][i][j], nearly. Codes of `columns` follow.
+struct CodedPanel {
+  PanelBound bound;
+  alignas(64) float scale[kPanel];
+  int32_t offset[kPanel];  // -128 times the sum of a feature's codes: the codes of x are stored plus 128
+  uint32_t codes[];
+};
+
+inline int64_t padded_codes(int64_t D) { return (D + 63) / 64 * 64; }
+inline int64_t coded_panel_bytes(int64_t D) { return static_cast<int64_t>(sizeof(CodedPanel)) + kPanel * padded_codes(D); }
+constexpr int64_t kMostCodedColumns = 1 << 16;  // their sum stays below 2^31
 
 // Square root of a sum of squares that was accumulated in float32 over slabs: never below the true norm.
 inline double norm_above(double sum, int64_t D) {
@@ -64,7 +80,7 @@ struct BoundTerms {
 
   // False if the row is out of range.
   bool row(const Sums& sums, int64_t D, RowBound& out) const {
-    const double q = norm_above(sums.kept, D), r = norm_above(sums.lost, D) + 0x1p-23 * q;
+    const double q = norm_above(sums.kept, D), lost = norm_above(sums.lost, D), r = lost + 0x1p-23 * (q + lost);
     out.A = static_cast<float>((r + (gamma + 8 * kUnit) * q + delta * (q + r + mean)) * kSafe * scale);
     out.B = static_cast<float>((1 + gamma + 8 * kUnit) * q * kSafe * scale);
     return q + r + mean <= kLargest && D <= kMostColumns;
@@ -80,50 +96,47 @@ struct BoundTerms {
     out.above[i] = static_cast<float>(beta + C);
     out.below[i] = static_cast<float>(beta - C);
   }
+
+  // A of a row rounded to float16: products with features as they are, summed in 16 chains, then in float64.
+  float half(const Sums& sums, int64_t D) const {
+    const double q = norm_above(sums.kept, D), lost = norm_above(sums.lost, D), r = lost + 0x1p-23 * (q + lost);
+    const double steps = (D / 16 + 8) * kUnit;
+    return static_cast<float>((r + (2 * steps + 8 * kUnit) * q + delta * (q + r + mean)) * kSafe * scale);
+  }
 };
 
-struct Contender {
-  float high, low;
-  int32_t index;
-};
-
-// One thread's contenders for one row.
+// One thread's contenders for one row: upper bounds, lower bounds (at last the scores) and features.
 struct Contenders {
-  std::vector<Contender> items;
-  size_t trigger = 0;
-  bool overflow = false;
+  std::vector<float> high, low;
+  std::vector<int32_t> index;
+  int64_t count = 0, trigger = 0;
+  int64_t first = 0;  // so many of them come first whose lower bound exceeds the threshold
+  bool overflow = false, nan = false;
 
-  void reset(int64_t k) {
-    items.clear();
-    trigger = static_cast<size_t>(k + std::max<int64_t>(3 * k, 128));
-    overflow = false;
+  void room(int64_t more) {  // beyond `count`, for whole vectors
+    const size_t need = static_cast<size_t>(count + more);
+    if (high.size() >= need) return;
+    for (std::vector<float>* column : {&high, &low}) column->resize(2 * need);
+    index.resize(2 * need);
   }
+  void clear() { *this = Contenders(); }
 };
 
-// The k-th largest lower bound; minus infinity if there are fewer.
-inline float kth_low(const std::vector<Contender>& items, int64_t k, std::vector<float>& scratch) {
-  if (static_cast<int64_t>(items.size()) < k) return -std::numeric_limits<float>::infinity();
-  scratch.resize(items.size());
-  for (size_t i = 0; i < items.size(); ++i) scratch[i] = items[i].low;
-  std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<float>());
-  return scratch[static_cast<size_t>(k - 1)];
-}
+// Where a contender of a feature is.
+struct Place {
+  int32_t row, position;
+};
 
-inline void drop(std::vector<Contender>& items, float threshold) {
-  size_t kept = 0;
-  for (const Contender& item : items) {
-    items[kept] = item;
-    kept += item.high > threshold;
-  }
-  items.resize(kept);
+// The float below `low`: what does not exceed it is smaller than k scores.
+inline float below(float low) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  return low < infinity ? std::nextafter(low, -infinity) : low;
 }
 
 // A row's threshold, shared by the threads: the float below the largest of their k-th largest lower bounds. A feature
 // whose upper bound does not exceed it scores strictly less than k others.
 inline void raise(std::atomic<float>& threshold, float low) {
-  const float tau = low < std::numeric_limits<float>::infinity()
-                        ? std::nextafter(low, -std::numeric_limits<float>::infinity())
-                        : low;
+  const float tau = below(low);
   float seen = threshold.load(std::memory_order_relaxed);
   while (seen < tau && !threshold.compare_exchange_weak(seen, tau, std::memory_order_relaxed)) {
   }
@@ -142,34 +155,5 @@ struct PassBlock {
 
   int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
-
-inline void shrink(Contenders& list, const PassBlock& block, int64_t row, std::vector<float>& scratch) {
-  std::atomic<float>& threshold = block.thresholds[row];
-  raise(threshold, kth_low(list.items, block.k, scratch));
-  drop(list.items, threshold.load(std::memory_order_relaxed));
-  if (list.items.size() > block.limit) {
-    list.overflow = true;
-    list.items.clear();
-    raise(threshold, std::numeric_limits<float>::infinity());
-  }
-  list.trigger = list.items.size() + static_cast<size_t>(std::max<int64_t>(3 * block.k, 128));
-}
-
-// Adds the flagged features of a panel. What is not finite can be anything: it is kept, and counts for nothing.
-inline void contend(Contenders& list, uint32_t mask, const float* scores, const PanelBound& panel, int32_t first,
-                    const PassBlock& block, int64_t row, std::vector<float>& scratch) {
-  if (list.overflow) return;
-  const RowBound bound = block.bounds[row];
-  while (mask) {
-    const int i = __builtin_ctz(mask);
-    mask &= mask - 1;
-    const float eps = bound.A * panel.norm[i] + bound.B * panel.lost[i];
-    const float high = scores[i] + panel.above[i] + eps, low = scores[i] + panel.below[i] - eps;
-    const bool finite = std::isfinite(high) && std::isfinite(low);
-    list.items.push_back({finite ? high : std::numeric_limits<float>::infinity(),
-                          finite ? low : -std::numeric_limits<float>::infinity(), first + i});
-  }
-  if (list.items.size() >= list.trigger) shrink(list, block, row, scratch);
-}
 
 }  // namespace qscope

@@ -123,48 +123,50 @@ inline Sums round_row(const float* x, const float* mu, int64_t D, int64_t r, voi
   return sums;
 }
 
-// c[12][32] += x[pairs][12]^T w[pairs][32]. Written in assembly: GCC 12 spills the 24 accumulators of the same loop
-// in intrinsics. `next` is read ahead, `stride` bytes per step.
-QSCOPE_INLINE void multiply_bf16(const uint32_t* x, const uint32_t* w, int64_t pairs, float* c, const char* next,
-                                 int64_t stride) {
+// c[12][32] += x[steps][12]^T w[steps][32], a step being a 32-bit group of columns. Written in assembly: GCC 12 spills
+// the 24 accumulators of the same loop in intrinsics. `next` is read ahead, `stride` bytes per step.
 #define QSCOPE_LOAD(r, a, b) "vmovaps " #r "*128(%[c]), %%zmm" #a "\n\tvmovaps " #r "*128+64(%[c]), %%zmm" #b "\n\t"
 #define QSCOPE_SAVE(r, a, b) "vmovaps %%zmm" #a ", " #r "*128(%[c])\n\tvmovaps %%zmm" #b ", " #r "*128+64(%[c])\n\t"
-#define QSCOPE_STEP(r, t, a, b)                      \
-  "vpbroadcastd " #r "*4(%[x]), %%zmm" #t "\n\t"     \
-  "vdpbf16ps %%zmm" #t ", %%zmm0, %%zmm" #a "\n\t"   \
-  "vdpbf16ps %%zmm" #t ", %%zmm1, %%zmm" #b "\n\t"
-#define QSCOPE_ALL(f)                                                                                          \
-  f(0, 8, 9) f(1, 10, 11) f(2, 12, 13) f(3, 14, 15) f(4, 16, 17) f(5, 18, 19) f(6, 20, 21) f(7, 22, 23)        \
+#define QSCOPE_STEP(dot, r, t, a, b)               \
+  "vpbroadcastd " #r "*4(%[x]), %%zmm" #t "\n\t"   \
+  dot " %%zmm0, %%zmm" #t ", %%zmm" #a "\n\t"      \
+  dot " %%zmm1, %%zmm" #t ", %%zmm" #b "\n\t"
+#define QSCOPE_ALL(f)                                                                                   \
+  f(0, 8, 9) f(1, 10, 11) f(2, 12, 13) f(3, 14, 15) f(4, 16, 17) f(5, 18, 19) f(6, 20, 21) f(7, 22, 23) \
       f(8, 24, 25) f(9, 26, 27) f(10, 28, 29) f(11, 30, 31)
-  asm volatile(
-      QSCOPE_ALL(QSCOPE_LOAD)
-      ".p2align 5\n"
-      "1:\n\t"
-      "vmovaps (%[w]), %%zmm0\n\t"
-      "vmovaps 64(%[w]), %%zmm1\n\t"
-      "prefetcht0 1024(%[w])\n\t"
-      "prefetcht0 1088(%[w])\n\t"
-      QSCOPE_STEP(0, 2, 8, 9) QSCOPE_STEP(1, 3, 10, 11) QSCOPE_STEP(2, 4, 12, 13) QSCOPE_STEP(3, 5, 14, 15)
-      "prefetcht2 (%[next])\n\t"
-      QSCOPE_STEP(4, 2, 16, 17) QSCOPE_STEP(5, 3, 18, 19) QSCOPE_STEP(6, 4, 20, 21) QSCOPE_STEP(7, 5, 22, 23)
-      "prefetcht0 576(%[x])\n\t"
-      QSCOPE_STEP(8, 2, 24, 25) QSCOPE_STEP(9, 3, 26, 27) QSCOPE_STEP(10, 4, 28, 29) QSCOPE_STEP(11, 5, 30, 31)
-      "add $128, %[w]\n\t"
-      "add $48, %[x]\n\t"
-      "add %[stride], %[next]\n\t"
-      "dec %[pairs]\n\t"
-      "jnz 1b\n\t"
-      QSCOPE_ALL(QSCOPE_SAVE)
-      : [x] "+r"(x), [w] "+r"(w), [pairs] "+r"(pairs), [next] "+r"(next)
-      : [c] "r"(c), [stride] "r"(stride)
-      : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
-        "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
-        "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
-#undef QSCOPE_LOAD
-#undef QSCOPE_SAVE
-#undef QSCOPE_STEP
-#undef QSCOPE_ALL
-}
+#define QSCOPE_MULTIPLY(name, sum_type, dot)                                                                           \
+  QSCOPE_INLINE void name(const uint32_t* x, const uint32_t* w, int64_t steps, sum_type* c, const char* next,          \
+                          int64_t stride) {                                                                            \
+    asm volatile(                                                                                                      \
+        QSCOPE_ALL(QSCOPE_LOAD)                                                                                        \
+        ".p2align 5\n"                                                                                                 \
+        "1:\n\t"                                                                                                       \
+        "vmovaps (%[w]), %%zmm0\n\t"                                                                                   \
+        "vmovaps 64(%[w]), %%zmm1\n\t"                                                                                 \
+        "prefetcht0 1024(%[w])\n\t"                                                                                    \
+        "prefetcht0 1088(%[w])\n\t"                                                                                    \
+        QSCOPE_STEP(dot, 0, 2, 8, 9) QSCOPE_STEP(dot, 1, 3, 10, 11) QSCOPE_STEP(dot, 2, 4, 12, 13)                     \
+        QSCOPE_STEP(dot, 3, 5, 14, 15)                                                                                 \
+        "prefetcht2 (%[next])\n\t"                                                                                     \
+        QSCOPE_STEP(dot, 4, 2, 16, 17) QSCOPE_STEP(dot, 5, 3, 18, 19) QSCOPE_STEP(dot, 6, 4, 20, 21)                   \
+        QSCOPE_STEP(dot, 7, 5, 22, 23)                                                                                 \
+        "prefetcht0 576(%[x])\n\t"                                                                                     \
+        QSCOPE_STEP(dot, 8, 2, 24, 25) QSCOPE_STEP(dot, 9, 3, 26, 27) QSCOPE_STEP(dot, 10, 4, 28, 29)                  \
+        QSCOPE_STEP(dot, 11, 5, 30, 31)                                                                                \
+        "add $128, %[w]\n\t"                                                                                           \
+        "add $48, %[x]\n\t"                                                                                            \
+        "add %[stride], %[next]\n\t"                                                                                   \
+        "dec %[steps]\n\t"                                                                                             \
+        "jnz 1b\n\t"                                                                                                   \
+        QSCOPE_ALL(QSCOPE_SAVE)                                                                                        \
+        : [x] "+r"(x), [w] "+r"(w), [steps] "+r"(steps), [next] "+r"(next)                                             \
+        : [c] "r"(c), [stride] "r"(stride)                                                                             \
+        : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",   \
+          "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",  \
+          "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");                                              \
+  }
+
+QSCOPE_MULTIPLY(multiply_bf16, float, "vdpbf16ps")
 
 template <typename T>
 void multiply_panel_bf16(const PassBlock& block, const T* W, int64_t width, uint32_t* packed, float* c, Sums* sums) {
@@ -184,10 +186,9 @@ void multiply_panel_bf16(const PassBlock& block, const T* W, int64_t width, uint
 }
 
 template <typename T>
-void pass_panel_bf16(const PassBlock& block, const T* W, int64_t panel, uint32_t* packed, float* c, Contenders* lists,
-                     std::vector<float>& scratch) {
-  const int64_t first = panel * kPanel, width = std::min<int64_t>(kPanel, block.F - first);
+void pass_panel_bf16(const PassBlock& block, const T* W, int64_t first, uint32_t* packed, float* c, PanelBound& bound) {
+  const int64_t width = std::min<int64_t>(kPanel, block.F - first);
   Sums sums[kPanel] = {};
   multiply_panel_bf16(block, W + first * block.D, width, packed, c, sums);
-  finish_panel(block, c, sums, first, width, lists, scratch);
+  bound_panel(block, sums, first, width, bound);
 }

@@ -176,6 +176,83 @@ void score_panel(const float* const* x, int64_t rows, const T* W, int64_t first,
   }
 }
 
+#include "certified_lists.h"
+
+// Products of a feature with R float16 rows, in 16 float32 chains, then float64; 2R - 1 pointers must exist.
+template <int R, typename T>
+QSCOPE_INLINE void multiply_rows(const f16* const* q, const T* w, const T* ahead, int64_t D, double* out) {
+  Vec acc[R];
+  QSCOPE_UNROLL
+  for (int r = 0; r < R; ++r) acc[r] = zero();
+  const int64_t whole = D / 16 * 16;
+  for (int64_t d = 0; d < whole; d += 16) {
+    __builtin_prefetch(ahead + d);
+    const Vec a = load(w + d);
+    QSCOPE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(q[r + R] + d, 0, 2);
+      acc[r] = fma(load(q[r] + d), a, acc[r]);
+    }
+  }
+  QSCOPE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = tree_sum(to_double(acc[r]));
+    for (int64_t d = whole; d < D; ++d) out[r] += static_cast<double>(widen(q[r][d])) * widen(w[d]);
+  }
+}
+
+// Narrows the intervals of feature i of a panel: `count` float16 rows, each with its place in a list; kScoreAhead more
+// pointers must follow q.
+template <typename T>
+void refine_rows(const f16* const* q, const Place* places, int64_t count, const T* w, const T* ahead,
+                 const PassBlock& block, const PanelBound& panel, int64_t i, Contenders* lists) {
+  double product[4];
+  for (int64_t r = 0; r < count;) {
+    const int64_t left = count - r, some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (some == 4) multiply_rows<4>(q + r, w, ahead, block.D, product);
+    if (some == 2) multiply_rows<2>(q + r, w, ahead, block.D, product);
+    if (some == 1) multiply_rows<1>(q + r, w, ahead, block.D, product);
+    for (int64_t j = 0; j < some; ++j) {
+      const Place place = places[r + j];
+      const RowBound& bound = block.bounds[place.row];
+      const float p = static_cast<float>(product[j]) * bound.half_scale, eps = bound.half_A * panel.norm[i];
+      narrow_to(lists[place.row], place.position, p + panel.below[i] - eps, p + panel.above[i] + eps);
+    }
+    r += some;
+  }
+}
+
+// q = x - mu in float16, scaled so that the largest is just in range.
+inline Sums halve_row(const float* x, const float* mu, int64_t D, f16* out, float& scale) {
+  float most = 0;
+  for (int64_t d = 0; d < D; ++d) most = std::max(most, std::fabs(x[d] - mu[d]));
+  const int exponent = most >= 0x1p-100f && most <= 0x1p100f ? std::ilogb(most) : 0;
+  const float up = std::ldexp(1.0f, 14 - exponent);
+  scale = std::ldexp(1.0f, exponent - 14);
+  Sums sums{0, 0, 0};
+  for (int64_t d0 = 0; d0 < D; d0 += kSlab) {
+    Vec kept = zero(), lost = zero();
+    int64_t d = d0;
+    for (; d + 16 <= std::min(D, d0 + kSlab); d += 16) {
+      const Vec a = sub(load(x + d), load(mu + d));
+      store(out + d, mul(a, broadcast(up)));
+      const Vec v = mul(load(out + d), broadcast(scale)), r = sub(a, v);
+      kept = fma(v, v, kept);
+      lost = fma(r, r, lost);
+    }
+    sums.kept += tree_sum(to_double(kept));
+    sums.lost += tree_sum(to_double(lost));
+    for (; d < std::min(D, d0 + kSlab); ++d) {
+      const float a = x[d] - mu[d];
+      narrow(a * up, out + d);
+      const double v = static_cast<double>(widen(out[d])) * scale, r = a - v;
+      sums.kept += v * v;
+      sums.lost += r * r;
+    }
+  }
+  return sums;
+}
+
 // Sums of squares and the product with mu, each slab of columns in 16 float32 chains.
 template <typename T>
 Sums sum_row(const T* row, const float* mu, int64_t D) {
@@ -200,18 +277,33 @@ Sums sum_row(const T* row, const float* mu, int64_t D) {
   return sums;
 }
 
-// Lists the features of a panel that may belong to the k best of a row. c[rows][32] are the pass's products.
-inline void contend_panel(const PassBlock& block, const float* c, const PanelBound& panel, int32_t first,
-                          uint32_t valid, Contenders* lists, std::vector<float>& scratch) {
-  const Vec norm0 = load(panel.norm), norm1 = load(panel.norm + 16), lost0 = load(panel.lost),
-            lost1 = load(panel.lost + 16), above0 = load(panel.above), above1 = load(panel.above + 16);
-  for (int64_t n = 0; n < block.rows; ++n, c += kPanel) {
+// Lists those of kGroup panels of features, from `first` on, that may belong to the k best of a row.
+// c[kGroup][room][32] are the pass's products. Rows come outside: the end of a list is fetched once for the group.
+inline void contend_panels(const PassBlock& block, const float* c, const PanelBound* panels, int64_t first,
+                           Contenders* lists) {
+  const int64_t room = block.tiles() * kTileRows * kPanel, width = std::min<int64_t>(kGroup * kPanel, block.F - first);
+  for (int64_t n = 0; n < block.rows; ++n) {
+    Contenders& list = lists[n];
+    if (n + 2 < block.rows) {
+      const Contenders& soon = lists[n + 2];
+      __builtin_prefetch(soon.high.data() + soon.count, 1);
+      __builtin_prefetch(soon.low.data() + soon.count, 1);
+      __builtin_prefetch(soon.index.data() + soon.count, 1);
+    }
+    if (list.overflow) continue;
     const Vec A = broadcast(block.bounds[n].A), B = broadcast(block.bounds[n].B);
-    const Vec tau = broadcast(block.thresholds[n].load(std::memory_order_relaxed));
-    const Vec high0 = fma(B, lost0, fma(A, norm0, add(load(c), above0)));
-    const Vec high1 = fma(B, lost1, fma(A, norm1, add(load(c + 16), above1)));
-    const uint32_t mask = (not_le(high0, tau) | not_le(high1, tau) << 16) & valid;
-    if (__builtin_expect(mask != 0, 0)) contend(lists[n], mask, c, panel, first, block, n, scratch);
+    for (int64_t i = 0; i < width; i += 16) {
+      const int64_t panel = i / kPanel, at = i % kPanel;
+      const PanelBound& bound = panels[panel];
+      const Vec p = load(c + panel * room + n * kPanel + at);
+      const Vec eps = fma(B, load(bound.lost + at), mul(A, load(bound.norm + at)));
+      const Vec high = add(add(p, load(bound.above + at)), eps);
+      const Vec tau = broadcast(block.thresholds[n].load(std::memory_order_relaxed));
+      const uint32_t mask = not_le(high, tau) & lanes(width - i);
+      if (mask == 0) continue;
+      contend(list, mask, high, sub(add(p, load(bound.below + at)), eps), static_cast<int32_t>(first + i));
+      if (list.count >= list.trigger) shrink(list, block, n);
+    }
   }
 }
 
@@ -229,24 +321,19 @@ void multiply_panel(const PassBlock& block, const T* W, int64_t width, float* pa
   }
 }
 
-// From products to contenders.
-inline void finish_panel(const PassBlock& block, const float* c, const Sums* sums, int64_t first, int64_t width,
-                         Contenders* lists, std::vector<float>& scratch) {
-  PanelBound bound = {};
+inline void bound_panel(const PassBlock& block, const Sums* sums, int64_t first, int64_t width, PanelBound& bound) {
+  bound = {};
   for (int64_t i = 0; i < width; ++i) {
     block.terms.feature(sums[i], block.bias == nullptr ? 0.0f : block.bias[first + i], block.D, bound, i);
   }
-  const uint32_t valid = width == kPanel ? ~0u : (1u << width) - 1;
-  contend_panel(block, c, bound, static_cast<int32_t>(first), valid, lists, scratch);
 }
 
 template <typename T>
-void pass_panel(const PassBlock& block, const T* W, int64_t panel, float* packed, float* c, Contenders* lists,
-                std::vector<float>& scratch) {
-  const int64_t first = panel * kPanel, width = std::min<int64_t>(kPanel, block.F - first);
+void pass_panel(const PassBlock& block, const T* W, int64_t first, float* packed, float* c, PanelBound& bound) {
+  const int64_t width = std::min<int64_t>(kPanel, block.F - first);
   Sums sums[kPanel] = {};
   multiply_panel(block, W + first * block.D, width, packed, c, sums);
-  finish_panel(block, c, sums, first, width, lists, scratch);
+  bound_panel(block, sums, first, width, bound);
 }
 
 // q = x - mu in float32, packed [D][kTileRows] for row r of its tile

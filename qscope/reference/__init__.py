@@ -3,6 +3,7 @@
 from qscope.reference._workspace import rows_per_block
 from qscope.reference.decode_loss import decode_loss
 from qscope.reference.feature_stats_ import feature_stats_
+from qscope.reference.pack_encoder import pack_encoder
 from qscope.reference.row_adam_ import row_adam_
 from qscope.reference.sparse_decode import sparse_decode
 from qscope.reference.sparse_dot import sparse_dot
@@ -11,11 +12,13 @@ from qscope.reference.sparse_outer import sparse_outer
 from qscope.reference.steer_add_ import steer_add_
 from qscope.reference.topk_encode import topk_encode
 from qscope.reference.topk_encode_certified import topk_encode_certified
+from qscope.reference.topk_encode_packed import topk_encode_packed
 from qscope.reference.topk_select import topk_select
 
 __all__ = [
     "decode_loss",
     "feature_stats_",
+    "pack_encoder",
     "row_adam_",
     "rows_per_block",
     "sparse_decode",
@@ -25,5 +28,6 @@ __all__ = [
     "steer_add_",
     "topk_encode",
     "topk_encode_certified",
+    "topk_encode_packed",
     "topk_select",
 ]
