@@ -37,6 +37,8 @@ class Provider:
     """In place of the case's check, for a yardstick that returns something else."""
     optional: bool = False
     """A variant of ours that may refuse a shape. A wrong result of it is a fault all the same."""
+    note: Callable[[Any], str] | None = None
+    """Input set -> what its row of the table says beside the time; never timed."""
     missing: str = ""
     """Why it cannot run here, for example that its package is not installed."""
 

@@ -60,13 +60,14 @@ def run_case(case: Case, device: str, ceiling: Ceiling, common: Row, emit: Emit,
     calls = {name: Rotation(each) for name, each in right.items()}
     peaks = {name: peak_mib(call) if kind == "cuda" else None for name, call in calls.items()}
     seconds = case.seconds or SECONDS[kind]
+    notes = {name: p.note(first) for name, p in case.providers.items() if p.note is not None and name in right}
     eager = interleaved(dict(calls), device, rounds or ROUNDS[kind], seconds)
-    _emit_times(case, ceiling, "eager", eager, peaks, {}, record)
+    _emit_times(case, ceiling, "eager", eager, peaks, {}, notes, record)
     if kind == "cuda":
         medians = {name: quantiles(times)[1] for name, times in eager.items()}
         short = {name: call for name, call in calls.items() if medians[name] <= LONGEST_REPLAY_MS}
         graph, problems = _graph_times(case, short, medians, want, rounds or ROUNDS[kind], seconds)
-        _emit_times(case, ceiling, "graph", graph, peaks, problems, record)
+        _emit_times(case, ceiling, "graph", graph, peaks, problems, notes, record)
         faults += [f"{case}: {n} {p}" for n, p in problems.items() if "wrong" in p and case.providers[n].role == OURS]
     return Outcome(rows, faults)
 
@@ -128,6 +129,7 @@ def _emit_times(
     times: dict[str, list[float]],
     peaks: dict[str, float | None],
     problems: dict[str, str],
+    notes: dict[str, str],
     record: Callable[..., None],
 ) -> None:
     gemm = None
@@ -142,7 +144,7 @@ def _emit_times(
             name,
             mode=mode,
             correct="yes",
-            note="",
+            note=notes.get(name, ""),
             **{"min_ms": values[0], "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(values)},
             tflops=case.floor.flop / p50 / 1e9 if case.floor.flop and not yardstick else None,
             gbps=None if yardstick else case.floor.bytes / p50 / 1e6,

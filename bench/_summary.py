@@ -142,16 +142,20 @@ def _step(row: Row) -> bool:
     return _large(row) and (row["D"], row["F"], row["K"]) == (4096, 65536, 100)
 
 
+def _at(N: int, D: int, F: int) -> Callable[[Row], bool]:
+    return _dtype("float32", lambda row: row["N"] >= N and (row["D"], row["F"]) == (D, F))
+
+
 _BF16 = _dtype("bfloat16", _large)
-_GEMM, _LINEAR = "matrix product alone", "torch linear+topk"
+_GEMM, _LINEAR, _PACKED = "matrix product alone", "torch linear+topk", "qscope exact, packed"
 
 GPU_BARS = (
     Bar("encode bf16, share of the matrix product's rate", "topk_encode", _faster("qscope bf16", _GEMM), 0.88, True,
         _BF16),
     Bar("encode bf16 against linear + topk", "topk_encode", _faster("qscope bf16", _LINEAR), 1.5, True, _BF16),
-    Bar("encode exact against float32 linear + topk", "topk_encode", _faster("qscope exact", _LINEAR), 5, True,
+    Bar("encode exact against float32 linear + topk", "topk_encode", _faster(_PACKED, _LINEAR), 5, True,
         _dtype("float32", _large)),
-    Bar("encode exact beside our bf16 time", "topk_encode", _slower("qscope exact", "qscope bf16"), 1.35, False, _BF16),
+    Bar("encode exact beside our bf16 time", "topk_encode", _slower(_PACKED, "qscope bf16"), 1.35, False, _BF16),
     Bar("select, share of the copy bandwidth", "topk_select", _share("qscope"), 0.75, True, _large),
     Bar("decode, share of its gather floor", "sparse_decode", _share("qscope"), 0.70, True, _BF16),
     Bar("decode against embedding_bag", "sparse_decode", _faster("qscope", "embedding_bag"), 1, True, _large),
@@ -168,7 +172,11 @@ GPU_BARS = (
 CPU_BARS = (
     Bar("encode exact against float32 linear + topk, 2048/32K, N >= 256", "topk_encode",
         _faster("qscope exact", _LINEAR), 3, True,
-        _dtype("float32", lambda row: row["N"] >= 256 and (row["D"], row["F"]) == (2048, 32768))),
+        _at(256, 2048, 32768)),
+    Bar("the same with packed weights", "topk_encode", _faster(_PACKED, _LINEAR), 3, True, _at(256, 2048, 32768)),
+    Bar("the same, 4096/64K, N >= 256", "topk_encode", _faster(_PACKED, _LINEAR), 3, True, _at(256, 4096, 65536)),
+    Bar("exact, packed, against bfloat16 linear + topk, 2048/32K, N >= 256", "topk_encode",
+        _faster(_PACKED, "torch linear+topk, cast to bf16 before"), 1, True, _at(256, 2048, 32768)),
     Bar("decode against embedding_bag", "sparse_decode", _faster("qscope", "embedding_bag"), 1, True),
 )  # fmt: skip
 _BAR_DEVICES = ("H100", "H200", "H20", "GH200")

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qscope.ops import topk_encode
+from qscope.ops import pack_encoder, topk_encode, topk_encode_certified, topk_encode_packed
 
 from . import _floors, _peers
 from ._case import (
     OURS,
+    QWEN_SCOPE,
     YARDSTICK,
     Case,
     Provider,
@@ -38,12 +39,14 @@ def cases(device: str, quick: bool = False) -> list[Case]:
     for D, d_sae in widths(device, quick):
         batches = [(tokens(device, quick), k) for k in actives(device, quick)]
         if not quick and (gpu or (D, d_sae) == widths(device, quick)[0]):
-            batches += [(n, 50) for n in ((1, 16) if gpu else (1, 64))]
+            batches += [(n, 50) for n in ((1, 16) if gpu else (1, 16, 64))]
         for dtype in (torch.bfloat16, torch.float32):
             for N, k in batches:
                 if dtype == torch.float32 and gpu and (k != 50 or N == 16):
                     continue  # the float32 product takes 20 to 140 ms and does not depend on k
                 found.append(_case(device, Sizes(N, D, d_sae, k), dtype))
+    if not gpu and not quick:
+        found.append(_case(device, Sizes(256, *QWEN_SCOPE["B"], 50), torch.float32))
     return found
 
 
@@ -80,7 +83,7 @@ def _bf16_providers(device: str, sizes: Sizes) -> dict[str, Provider]:
     return {
         "qscope bf16": held(lambda i: lambda: topk_encode(*i, sizes.K, "bf16"), OURS),
         **{f"qscope bf16 {name}": held(make, OURS, optional=True) for name, make in methods},
-        "qscope exact": Provider(lambda i: lambda: topk_encode(*i, sizes.K, "exact"), OURS),
+        **_exact_providers(sizes.K),
         "torch linear+topk": held(lambda i: lambda: _linear_topk(*i, sizes.K)),
         **_compiled_provider(device, sizes, "bfloat16"),
         **_library_providers(sizes, "bfloat16"),
@@ -91,8 +94,9 @@ def _bf16_providers(device: str, sizes: Sizes) -> dict[str, Provider]:
 def _float32_providers(device: str, sizes: Sizes) -> dict[str, Provider]:
     k = sizes.K
     providers = {
-        "qscope exact": Provider(lambda i: lambda: topk_encode(*i, k, "exact"), OURS),
+        **_exact_providers(k),
         "torch linear+topk": Provider(lambda i: lambda: _linear_topk(*i, k)),
+        "torch linear+topk, cast to bf16 before": Provider(_cast_before(k), precision="bfloat16"),
         **_compiled_provider(device, sizes, "float32"),
         **_library_providers(sizes, "float32"),
         # An exact answer needs one tensor-core pass at least: its rate, not that of float32, is the floor.
@@ -101,6 +105,41 @@ def _float32_providers(device: str, sizes: Sizes) -> dict[str, Provider]:
     if device.startswith("cuda"):
         providers["torch linear+topk TF32"] = Provider(lambda i: lambda: _tf32(*i, k), precision="tf32")
     return providers
+
+
+def _exact_providers(k: int) -> dict[str, Provider]:
+    """The operator, which rounds the weights in every call, and what a frozen SAE does: weights packed once."""
+
+    def packed(i: Inputs) -> Any:
+        x, W, b = i
+        weights = pack_encoder(W, b)
+        return lambda: topk_encode_packed(x, weights, k)[:2]
+
+    return {
+        "qscope exact": Provider(
+            lambda i: lambda: topk_encode(*i, k, "exact"),
+            OURS,
+            note=lambda i: _counts(topk_encode_certified(*i, k)[2], i),
+        ),
+        "qscope exact, packed": Provider(
+            packed, OURS, note=lambda i: _counts(topk_encode_packed(i[0], pack_encoder(*i[1:]), k)[2], i)
+        ),
+    }
+
+
+def _counts(candidates: Tensor, i: Inputs) -> str:
+    full = int((candidates == len(i[1])).sum())
+    return f"{candidates.float().mean():.1f} candidates a row, {full} of {len(candidates)} rows in full"
+
+
+def _cast_before(k: int) -> Any:
+    """What a bfloat16 answer costs: the cast is not timed."""
+
+    def make(i: Inputs) -> Any:
+        low = [t.bfloat16() for t in i]
+        return lambda: _linear_topk(*low, k)
+
+    return make
 
 
 def _methods(device: str, k: int) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def edge_of_int8(pairs=6, D=256, k=4):
 
 def edge_of_float16(D=256, k=4):
     """Rows whose rounding to float16 loses delta of every element, which is all that the true feature (all ones) has;
-    the impostors (minus one) gain it, and a bias brings them just below. The other half of the rows makes the mean 0."""
+    the impostors (minus one) gain it, and a bias brings them just below. The other half of the rows makes mu zero."""
     delta = 0.498 * 2.0**-10
     x = torch.full((D,), 1.5)
     x[::2] = -1.5

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qscope
+from qscope import ops
 from qscope.errors import InputError
 from qscope.sae import SAE, EncoderOutput, SAECard
 
@@ -206,3 +207,39 @@ def test_a_certificate_belongs_to_each_token(shape):
     assert bool(certified.margin[everything].isinf().all())
     with pytest.raises(InputError, match="only 'exact' has one"):
         sae.encode_topk(x, precision="bf16", return_certificate=True)
+
+
+def test_frozen_weights_are_packed_once_and_again_when_they_change():
+    g = torch.Generator().manual_seed(0)
+    W, x = torch.randn(300, 64, generator=g), torch.randn(5, 7, 64, generator=g)
+    sae = SAE(W.clone(), W.clone(), torch.zeros(300), torch.ones(64), 8).requires_grad_(False)
+
+    def right(W_enc):
+        want = ops.topk_encode(x.reshape(-1, 64), W_enc.float(), torch.zeros(300), 8)
+        got = sae.encode_topk(x)
+        assert torch.equal(got.top_acts.view(-1, 8), want[0]) and torch.equal(got.top_indices.view(-1, 8), want[1])
+        return sae._packed
+
+    first = right(W)
+    assert right(W) is first
+    with torch.no_grad():
+        sae.W_enc.neg_()
+    assert right(-W) is not first
+    right(sae.bfloat16().W_enc)  # a cast
+    half = SAE(W.clone(), W.clone(), torch.zeros(300), torch.ones(64), 8).requires_grad_(False).pack("bf16")
+    sae = half
+    right(W.bfloat16())
+    right(W.bfloat16())  # stays packed as asked
+    with pytest.raises(InputError, match="'fp32', 'bf16x2', 'bf16'"):
+        half.pack("int8")
+    with pytest.raises(InputError, match="Freeze the SAE"):
+        half.requires_grad_(True).pack()
+
+
+def test_encode_compiles_with_and_without_packed_weights():
+    W, x = torch.randn(50, 16), torch.randn(9, 16)
+    sae = SAE(W, W.clone(), torch.zeros(50), torch.zeros(16), 4).requires_grad_(False)
+    for _ in range(2):
+        compiled = torch.compile(sae.encode_topk, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(tuple(compiled(x)), tuple(sae.encode_topk(x)), rtol=0, atol=0)
+        sae.pack()
