@@ -47,9 +47,10 @@ COMMANDS = {
         page="qscope.report.demo_text:finish",
     ),
     "evaluate": Command(
-        "how exact the features of real text are, against a float64 oracle",
+        "how good SAEs are on held-out text: FVU, loss recovered, dead features, exactness, stability",
         "qscope.workflows.evaluate:EvaluateConfig",
         "qscope.report.evaluate_text:render",
+        page="qscope.report.evaluate_page:write_files",
     ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",

@@ -7,8 +7,9 @@ STAGES = {"load": "load", "tokenize": "tokenise", "model": "model", "encode": "e
 
 def render(result: EncodeResult) -> str:
     """What was written, what was left out, and where the time went."""
+    where = result.store or result.activations
     lines = [
-        f"{result.store}: {result.tokens:,} tokens of {result.documents:,} documents in {result.shards} shards"
+        f"{where}: {result.tokens:,} tokens of {result.documents:,} documents in {result.shards} shards"
         + (f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else "")
     ]
     for layer, facts in result.layers.items():
@@ -24,5 +25,8 @@ def render(result: EncodeResult) -> str:
     if result.run_tokens:
         split = ", ".join(f"{STAGES[s]} {t:.1f} s" for s, t in result.seconds.items() if s in STAGES)
         lines.append(f"this run: {result.run_tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s ({split})")
-    lines.append(f"next: qscope inspect {result.store} --html features.html")
+    if result.activations is not None and result.store is not None:
+        lines.append(f"activations of the same tokens: {result.activations}")
+    if result.store is not None:
+        lines.append(f"next: qscope inspect {result.store} --html features.html")
     return "\n".join(lines)
