@@ -384,6 +384,12 @@ def tokenize(
     return Windows(join(documents), join(positions), join(tokens), np.asarray(starts, np.int64))
 
 
+def places_of(windows: Windows) -> np.ndarray:
+    """Place of every token in its window: [N] int64."""
+    lengths = np.diff(windows.starts)
+    return np.arange(len(windows.token)) - np.repeat(windows.starts[:-1], lengths)
+
+
 def batches(starts: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     """Indices of windows whose padded size fits `batch_tokens` (a longer window comes alone), longest first.
 

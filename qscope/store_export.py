@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qscope.errors import InputError, StoreError
+from qscope.files import LOCK, acquire_lock, fsync_folder, storage_error, write_file
 from qscope.store import FeatureStore, Shard
-from qscope.store_format import LOCK, MissingPackageError, canonical_json
+from qscope.store_format import MissingPackageError, canonical_json
 from qscope.store_packing import COLUMNS
-from qscope.store_writer import acquire_lock, fsync_folder, storage_error, write_file
 
 EXPORT_VERSION = 1
 MARKER = "export.json"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qscope.errors import StoreError
+from qscope.files import differences
 from qscope.store_packing import COLUMNS, Form, layer_forms
 
 
@@ -45,7 +46,6 @@ FORMAT = "qscope-feature-store"
 MANIFEST = "manifest.json"
 JOURNAL = "shards.jsonl"
 TOKENIZER = "tokenizer"
-LOCK = ".lock"
 TEMPORARY = re.compile(r"\.tmp-(probe|manifest\.json|shards\.jsonl|shard-\d{5,}\.safetensors|tokenizer)")
 SHARD_FILE = re.compile(r"shard-\d{5,}\.safetensors")
 
@@ -139,24 +139,7 @@ class StoreSettings(_Frozen):
 
     def differences(self, new: "StoreSettings") -> list[str]:
         """The fields in which `new` differs, each as `saes[0].k: 50 -> 100`."""
-        left, right = _flat(self.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-        names = list(left) + [name for name in right if name not in left]
-        absent = "absent"
-        return [
-            f"{name}: {left.get(name, absent)} -> {right.get(name, absent)}"
-            for name in names
-            if left.get(name, absent) != right.get(name, absent)
-        ]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        parts = [(f"{name}.{key}" if name else key, item) for key, item in value.items()]
-    elif isinstance(value, list) and value:
-        parts = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-    else:
-        return {name: json.dumps(value)}
-    return {key: text for part, item in parts for key, text in _flat(item, part).items()}
+        return differences(self.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 class LayerRecord(_Frozen):

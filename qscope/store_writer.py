@@ -4,14 +4,9 @@ The unit of progress is the shard: temporary file, fsync, rename, fsync of the f
 shards.jsonl, fsynced. After a crash at any point the journal names exactly the shards that are whole.
 """
 
-import errno
-import hashlib
-import json
 import os
 import shutil
-import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,10 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qscope.errors import StorageError, StoreError
+from qscope.errors import StoreError
+from qscope.files import (
+    acquire_lock,
+    append_line,
+    claim_folder,
+    fsync_folder,
+    safetensors_header,
+    size_problem,
+    storage_error,
+    sweep,
+    write_file,
+)
 from qscope.store_format import (
     JOURNAL,
-    LOCK,
     MANIFEST,
     SHARD_FILE,
     TEMPORARY,
@@ -39,75 +44,6 @@ from qscope.store_format import (
 )
 from qscope.store_packing import EXTREME_ROW, NAN_ROW
 
-_CHUNK = 8 << 20
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file size limit is reached",
-}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-def storage_error(error: OSError, path: Path, needed: int | None = None) -> StorageError:
-    """An `OSError` as one paragraph: what was being written, what is free, and how to go on."""
-    resume = " What was finished before is valid; run the same command again and it goes on from there."
-    if error.errno in _FULL:
-        try:
-            free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
-        except OSError:
-            free = "free space unknown"
-        size = f"{needed:,} bytes were needed, " if needed is not None else ""
-        return StorageError(f"{path} could not be written: {_FULL[error.errno]} ({size}{free}). Make room.{resume}")
-    if error.errno in _DENIED:
-        return StorageError(
-            f"{path} could not be written: {error.strerror}. Give a folder that this user may write to, or"
-            f" change its permissions.{resume}"
-        )
-    return StorageError(f"{path} could not be written: {error.strerror or error}.{resume}")
-
-
-def fsync_folder(path: Path) -> None:
-    """Makes renames inside a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems have no fsync for folders; there the rename is as durable as it gets.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data[:_CHUNK]) :]
-
-
-def write_file(path: Path, parts: Iterable[memoryview | bytes], needed: int) -> str:
-    """Replaces `path` by the parts, atomically and durably; their sha256. Raises `StorageError`."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    digest = hashlib.sha256()
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            for part in parts:
-                digest.update(part)
-                _write_all(handle, memoryview(part))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):  # the first failure is the one to report
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise storage_error(error, path, needed) from error
-        raise
-    return digest.hexdigest()
-
-
 # In the order in which the library lays tensors of these types into a file.
 _SAFETENSORS_DTYPES = {"float32": "F32", "uint32": "U32", "float16": "F16", "uint16": "U16", "uint8": "U8"}
 
@@ -120,40 +56,15 @@ def safetensors_parts(
     Written here because the library puts the metadata in another order in every process (safetensors 0.8),
     and the same features must give the same bytes. Otherwise the file is what the library would write.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     parts: list[memoryview | bytes] = []
-    offset = 0
+    forms = []
     rank = list(_SAFETENSORS_DTYPES)
     for name, array in sorted(arrays.items(), key=lambda item: (rank.index(item[1].dtype.name), item[0])):
         flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + flat.nbytes],
-        }
-        offset += flat.nbytes
+        forms.append((name, _SAFETENSORS_DTYPES[array.dtype.name], array.shape, flat.nbytes))
         parts.append(flat.view(np.uint8).data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *parts], 8 + len(text) + offset
-
-
-def acquire_lock(folder: Path) -> Any:
-    """Exclusive lock on a folder's `.lock`, or `StoreError` at once when another process holds it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise StoreError(
-            f"{folder} is being written by another process, which holds {folder / LOCK}. Wait until it"
-            " has finished, or"
-            " give another folder."
-        ) from error
-    except OSError as error:
-        raise storage_error(error, folder / LOCK) from error
-    return lock
+    header, size = safetensors_header(forms, metadata)
+    return [header, *parts], size
 
 
 class StoreWriter:
@@ -184,7 +95,7 @@ class StoreWriter:
         written to.
         """
         folder = Path(path)
-        _claim(folder)
+        claim_folder(folder, MANIFEST, TEMPORARY, "feature store")
         lock = acquire_lock(folder)
         try:
             writer = cls(folder, _settle_manifest(folder, settings), lock)
@@ -327,9 +238,7 @@ class StoreWriter:
         journal = self.path / JOURNAL
         shards = sorted(name for name in os.listdir(self.path) if SHARD_FILE.fullmatch(name))
         try:
-            for name in os.listdir(self.path):
-                if TEMPORARY.fullmatch(name):
-                    _remove(self.path / name)
+            sweep(self.path, TEMPORARY)
             if not journal.exists():
                 if shards:
                     raise StoreError(
@@ -343,7 +252,7 @@ class StoreWriter:
                     handle.truncate(self._journal_bytes)
                     os.fsync(handle.fileno())
             for record in self._records:
-                problem = _size_problem(self.path / record.file, record.bytes)
+                problem = size_problem(self.path / record.file, record.bytes)
                 if problem and repair:
                     self.repaired = f"{self.path / record.file} was finished, but {problem}"
                     self.truncate_from(record.index)
@@ -366,19 +275,7 @@ class StoreWriter:
             self._manifest = manifest
 
     def _append(self, line: bytes) -> None:
-        path = self.path / JOURNAL
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                # Cuts off what an append that failed in this process may have left.
-                os.ftruncate(handle, self._journal_bytes)
-                os.lseek(handle, 0, os.SEEK_END)
-                _write_all(handle, memoryview(line))
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise storage_error(error, path, len(line)) from error
+        append_line(self.path / JOURNAL, self._journal_bytes, line)
         self._journal_bytes += len(line)
 
     def _check_arrays(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -398,33 +295,6 @@ class StoreWriter:
                 )
 
 
-def _claim(folder: Path) -> None:
-    """Makes the folder and proves, before any computing, that it is ours and can be written to."""
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"{folder} is a file; a feature store is a folder. Give the path of a new or empty folder.")
-    try:
-        if not folder.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            fsync_folder(folder.parent)
-        names = sorted(os.listdir(folder))
-        foreign = [name for name in names if name != LOCK and not TEMPORARY.fullmatch(name)]
-        if foreign and MANIFEST not in names:
-            raise StoreError(
-                f"{folder} is not empty and not a feature store: it holds {', '.join(foreign[:3])}"
-                f"{', ...' if len(foreign) > 3 else ''}. Give a new or empty folder."
-            )
-        probe = folder / ".tmp-probe"
-        handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(handle, memoryview(b"qscope"))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
-
-
 def _settle_manifest(folder: Path, settings: StoreSettings) -> Manifest:
     """The manifest that is there, if its settings are these; else a new one, written."""
     if (folder / MANIFEST).exists():
@@ -441,23 +311,6 @@ def _settle_manifest(folder: Path, settings: StoreSettings) -> Manifest:
     text = manifest.text()
     write_file(folder / MANIFEST, [text], len(text))
     return manifest
-
-
-def _remove(path: Path) -> None:
-    if stat.S_ISDIR(path.lstat().st_mode):
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _size_problem(path: Path, size: int) -> str | None:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return "it is missing"
-    if not stat.S_ISREG(status.st_mode):
-        return "it is not a plain file any more"
-    return None if status.st_size == size else f"it has {status.st_size} bytes instead of {size}"
 
 
 def _layer_record(arrays: Mapping[str, npt.NDArray[Any]], layer: int) -> LayerRecord:

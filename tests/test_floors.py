@@ -24,6 +24,9 @@ FLOORS = [
     ("qscope.corpus", 3),
     ("qscope.packages", 3),
     ("qscope.embedded", 3),
+    ("qscope.activation_store", 3),
+    ("qscope.evaluation", 3),
+    ("qscope.training", 3.5),  # made of the parts of floor 3, and what the training workflow is made of
     ("qscope.workflows", 4),
     ("qscope.report", 5),
     ("qscope.cli", 5),

@@ -6,28 +6,32 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from qscope._version import __version__
+from qscope.activation_store import ActivationRecord, ActivationWriter
 from qscope.data import (
     ReadCounts,
     TextOptions,
     TextShard,
+    Windows,
     find_sources,
+    places_of,
     read_pieces,
     text_shards,
     tokenize,
 )
 from qscope.errors import InputError, StoreError
+from qscope.model import residual_width
 from qscope.store_format import ModelIdentity, SAEIdentity, ShardRecord, StoreSettings
 from qscope.store_format import TextOptions as StoredTextOptions
 from qscope.store_packing import shard_arrays
 from qscope.store_writer import StoreWriter
-from qscope.workflows.encoder import Encoder, load_encoder
+from qscope.workflows.encoder import Encoded, Encoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class EncodeConfig:
     """Files (.txt, .md, .jsonl, .jsonl.gz, .parquet), folders of them, or - for standard input."""
     out: Path = Path("codes")
     """Folder of the feature store; made, or continued if it was begun with the same options."""
+    features: bool = True
+    """--no-features writes only the --activations of the --layers; no SAE is needed."""
+    activations: Path | None = None
+    """Folder to write the residuals of the layers to as well, to train SAEs from. Host memory: one shard of them."""
+    activations_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of stored residuals; auto is the model's. A float16 shard that would make one infinite is kept in float32."""
     model: str | None = None
     """Hugging Face causal LM, name or folder. Default: the embedded SmolLM2-135M-Instruct."""
     sae: tuple[str, ...] = ()
@@ -77,6 +87,13 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if self.model == "":
             raise InputError("--model is empty. Name a Hugging Face model, or leave --model out for the embedded one.")
+        if not self.features and (self.activations is None or not self.layers or self.sae):
+            raise InputError(
+                "--no-features was given, which writes activations only. Say where with --activations and of which "
+                "blocks with --layers, and leave --sae out."
+            )
+        if self.activations is not None and self.features and self.activations.resolve() == self.out.resolve():
+            raise InputError(f"--activations and --out are both {self.out}. Give each a folder of its own.")
         for name in ("context_size", "batch_tokens", "shard_bytes", "max_tokens", "k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -87,7 +104,8 @@ class EncodeConfig:
 class EncodeResult:
     """What a run did: `run_*`, `seconds` (per stage) and `tokens_per_second` of this run, the rest of the store."""
 
-    store: str
+    store: str | None
+    """Of the features; None with --no-features."""
     tokens: int
     documents: int
     shards: int
@@ -98,6 +116,7 @@ class EncodeResult:
     run_seconds: float
     tokens_per_second: float
     seconds: dict[str, float]
+    activations: str | None = None
 
 
 class Clock:
@@ -130,16 +149,41 @@ def run(config: EncodeConfig) -> EncodeResult:
     clock = Clock()
     with clock("load"):
         encoder = load_encoder(config)
-    with StoreWriter.open(config.out, store_settings(config, encoder, sources), repair=True) as writer:
-        if writer.repaired:
-            print(f"qscope: {writer.repaired}; encoding again from there", file=sys.stderr)
-        writer.save_tokenizer(encoder.tokenizer)
-        job = Job(config, encoder, writer, clock, counts)
+    with ExitStack() as stack:
+        writers = open_writers(config, encoder, sources)
+        for writer in writers:
+            stack.enter_context(writer)
+            if writer.repaired:
+                print(f"qscope: {writer.repaired}; encoding again from there", file=sys.stderr)
+            if isinstance(writer, StoreWriter):
+                writer.save_tokenizer(encoder.tokenizer)
+        job = Job(config, encoder, writers, clock, counts)
         start = time.perf_counter()
         with progress(config, sources) as bar:
             job.encode_all(itertools.chain([first], shards), bar)
-        writer.complete(job.totals())
+        for writer in writers:
+            writer.complete(job.totals())
         return job.result(time.perf_counter() - start)
+
+
+Writer: TypeAlias = StoreWriter | ActivationWriter
+Record: TypeAlias = ShardRecord | ActivationRecord
+
+
+def open_writers(config: EncodeConfig, encoder: Encoder, sources: list[Path]) -> list[Writer]:
+    """The stores to write; the first one's records say how far the run has come."""
+    writers: list[Writer] = []
+    try:
+        if config.features:
+            writers.append(StoreWriter.open(config.out, store_settings(config, encoder, sources), repair=True))
+        if config.activations is not None:
+            settings = activation_settings(config, encoder, sources)
+            writers.append(ActivationWriter.open(config.activations, settings, repair=True))
+    except BaseException:
+        for writer in writers:
+            writer.close()
+        raise
+    return writers
 
 
 def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) -> StoreSettings:
@@ -173,14 +217,38 @@ def store_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) 
     )
 
 
+def activation_settings(config: EncodeConfig, encoder: Encoder, sources: list[Path]) -> dict[str, Any]:
+    """Everything that the stored activations depend on, besides the text itself."""
+    width = residual_width(encoder.model)
+    return {
+        "qscope_version": __version__,
+        "model": {"name": encoder.model_name, "sha256": encoder.model_sha256},
+        "tokenizer_sha256": encoder.tokenizer_sha256,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        "device": encoder.device,
+        "layers": list(encoder.layers),
+        "widths": {str(layer): width for layer in encoder.layers},
+        "model_dtype": encoder.dtype,
+        "dtype": encoder.dtype if config.activations_dtype == "auto" else config.activations_dtype,
+        "context_size": config.context_size,
+        "bos": config.bos,
+        "batch_tokens": encoder.batch_tokens,
+        "max_tokens": config.max_tokens,
+        "shard_bytes": config.shard_bytes,
+        "text": {"field": config.field, "format": config.format, "strict": config.strict},
+        "sources": [path.name for path in sources],
+    }
+
+
 class Job:
-    """One run over one store: what is finished is checked and skipped, the rest is encoded."""
+    """One run over one store, or two: what is finished is checked and skipped, the rest is encoded."""
 
     def __init__(
-        self, config: EncodeConfig, encoder: Encoder, writer: StoreWriter, clock: Clock, counts: ReadCounts
+        self, config: EncodeConfig, encoder: Encoder, writers: list[Writer], clock: Clock, counts: ReadCounts
     ) -> None:
-        self.config, self.encoder, self.writer, self.clock, self.counts = config, encoder, writer, clock, counts
-        self.records = writer.finished
+        self.config, self.encoder, self.writers, self.clock, self.counts = config, encoder, writers, clock, counts
+        self.records: list[list[Record]] = [list(writer.finished) for writer in writers]
+        """Per store."""
         self.tokens = self.run_tokens = self.resumed = 0
         self.cut = False
         self.carry = (0, 0)
@@ -189,11 +257,11 @@ class Job:
     def encode_all(self, shards: Iterator[TextShard], bar: Any) -> None:
         count = 0
         for shard in shards:
-            record = self.finished(shard, self.shard_key(shard))
-            if record is None:
+            found = [self.finished(which, shard) for which in range(len(self.writers))]
+            if None in found:
                 record = self.encode_shard(shard, bar)
-                self.records.append(record)
             else:
+                record = self.records[0][shard.index]
                 self.resumed += 1
                 bar.skip(record.tokens)
             self.tokens += record.tokens
@@ -204,75 +272,95 @@ class Job:
             if self.cut:
                 break
             bar.expect(shard)
-        self.drop_from(count)
+        for which in range(len(self.writers)):
+            self.drop_from(which, count)
 
-    def finished(self, shard: TextShard, key: str) -> ShardRecord | None:
-        """The shard's record, if it was finished from the same text with the same settings."""
-        if shard.index >= len(self.records):
+    def finished(self, which: int, shard: TextShard) -> Record | None:
+        """The shard's record in one store, if it was finished from the same text with the same settings."""
+        writer, records = self.writers[which], self.records[which]
+        if shard.index >= len(records):
             return None
-        if self.records[shard.index].key == key:
-            return self.records[shard.index]
+        if records[shard.index].key == self.shard_key(writer, shard):
+            return records[shard.index]
         if shard.index == 0:
+            what = "activations" if isinstance(writer, ActivationWriter) else "features"
             raise StoreError(
-                f"{self.config.out} holds the features of other text. Give a new folder, or delete this one first."
+                f"{writer.path} holds the {what} of other text. Give a new folder, or delete this one first."
             )
         print(f"qscope: the text of shard {shard.index} changed; encoding again from there", file=sys.stderr)
-        self.drop_from(shard.index)
+        self.drop_from(which, shard.index)
         return None
 
-    def drop_from(self, index: int) -> None:
-        self.writer.truncate_from(index)
-        del self.records[index:]
+    def drop_from(self, which: int, index: int) -> None:
+        self.writers[which].truncate_from(index)
+        del self.records[which][index:]
 
-    def shard_key(self, shard: TextShard) -> str:
+    def shard_key(self, writer: Writer, shard: TextShard) -> str:
         """sha256 over the settings, the shard's text, and what came before it that matters."""
-        parts = [self.writer.settings_key, shard.key(), shard.index, self.carry]
+        parts = [writer.settings_key, shard.key(), shard.index, self.carry]
         if self.config.max_tokens is not None:
             parts.append(self.tokens)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def encode_shard(self, shard: TextShard, bar: Any) -> ShardRecord:
+    def encode_shard(self, shard: TextShard, bar: Any) -> Record:
         left = None if self.config.max_tokens is None else self.config.max_tokens - self.tokens
         with self.clock("tokenize"):
             windows = tokenize(self.encoder.tokenizer, shard.pieces, self.config.context_size, self.carry, left)
-        layers = self.encoder.encode(windows, self.clock, bar)
+        keep = self.config.activations is not None
+        encoded = self.encoder.encode(windows, self.clock, bar, keep_residuals=keep)
         count = len(windows.token)
         carry = (int(windows.document[-1]), int(windows.position[-1]) + 1) if count else self.carry
-        meta = {
-            "carry": carry,
-            "fit": {str(n): [found.squared_error, found.squared_deviation] for n, found in layers.items()},
-        }
         with self.clock("write"):
-            packed = {layer: found.packed for layer, found in layers.items()}
-            arrays = shard_arrays(windows.document, windows.position, windows.token, packed)
-            record = self.writer.add(shard.index, self.shard_key(shard), arrays, meta)
+            for writer, records in zip(self.writers, self.records, strict=True):
+                record = self.write(writer, shard, windows, encoded, carry)
+                if shard.index == len(records):
+                    records.append(record)
         self.run_tokens += count
-        return record
+        return self.records[0][shard.index]
+
+    def write(
+        self, writer: Writer, shard: TextShard, windows: Windows, encoded: Encoded, carry: tuple[int, int]
+    ) -> Record:
+        """The shard into one store; one that has it already keeps what it has."""
+        key = self.shard_key(writer, shard)
+        if isinstance(writer, ActivationWriter):
+            columns = {"doc": windows.document, "position": windows.position, "token": windows.token}
+            columns["place"] = places_of(windows) + self.config.bos
+            return writer.add(shard.index, key, columns, encoded.residuals, {"carry": carry})
+        layers = encoded.layers
+        fit = {str(n): [found.squared_error, found.squared_deviation] for n, found in layers.items()}
+        packed = {layer: found.packed for layer, found in layers.items()}
+        arrays = shard_arrays(windows.document, windows.position, windows.token, packed)
+        return writer.add(shard.index, key, arrays, {"carry": carry, "fit": fit})
 
     def totals(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "shards": len(self.records), "rows": self.rows()}
+        return {"tokens": self.tokens, "shards": len(self.records[0]), "rows": self.rows()}
 
     def rows(self) -> dict[str, int]:
         """What became of the input rows. A run that stopped at `max_tokens` has read ahead: only rows that it used."""
         if not self.cut:
             return self.counts.as_dict()
-        last = self.records[-1].last_doc
+        last = self.records[0][-1].last_doc
         return {"documents": 0 if last is None else last + 1}
 
     def result(self, seconds: float) -> EncodeResult:
         return EncodeResult(
-            store=str(self.config.out),
+            store=str(self.config.out) if self.config.features else None,
             tokens=self.tokens,
             documents=self.rows()["documents"],
-            shards=len(self.records),
+            shards=len(self.records[0]),
             counts=self.rows(),
-            layers={str(layer): summarise(self.records, layer) for layer in sorted(self.encoder.saes)},
+            layers={str(layer): summarise(self.feature_records(), layer) for layer in sorted(self.encoder.saes)},
             resumed_shards=self.resumed,
             run_tokens=self.run_tokens,
             run_seconds=round(seconds, 3),
             tokens_per_second=round(self.run_tokens / seconds, 1),
             seconds={stage: round(value, 3) for stage, value in self.clock.seconds.items()},
+            activations=None if self.config.activations is None else str(self.config.activations),
         )
+
+    def feature_records(self) -> list[ShardRecord]:
+        return [record for record in self.records[0] if isinstance(record, ShardRecord)]
 
 
 def summarise(finished: list[ShardRecord], layer: int) -> dict[str, float | None]:

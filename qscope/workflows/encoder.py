@@ -32,6 +32,14 @@ class LayerFeatures(NamedTuple):
     """From the sample's mean: `squared_error` over this is the FVU."""
 
 
+class Encoded(NamedTuple):
+    """What one shard of text became, in the order of its tokens."""
+
+    layers: dict[int, LayerFeatures]
+    residuals: dict[int, torch.Tensor]
+    """layer -> [N, D] in the model's dtype on the host, where they were asked for"""
+
+
 @dataclass
 class Encoder:
     """What `load_encoder` returns."""
@@ -39,6 +47,8 @@ class Encoder:
     model: Any
     tokenizer: Any
     saes: dict[int, SAE]
+    layers: tuple[int, ...]
+    """Ascending; those of the SAEs, where there are any."""
     mismatches: dict[int, str | None]
     """In what way an SAE was made for something else, where that was allowed."""
     model_name: str
@@ -53,18 +63,27 @@ class Encoder:
     bos: int | None
     """Token put before every window, or None."""
 
-    def encode(self, windows: Windows, clock: Any, bar: Any) -> dict[int, LayerFeatures]:
-        """Features of every token of `windows` at every layer, in the windows' order."""
-        buffers = {layer: LayerBuffer(len(windows.token), sae) for layer, sae in self.saes.items()}
+    def encode(self, windows: Windows, clock: Any, bar: Any, keep_residuals: bool = False) -> Encoded:
+        """Features, and the residuals if they are to be kept, of every token of `windows` at every layer."""
+        count = len(windows.token)
+        buffers = {layer: LayerBuffer(count, sae) for layer, sae in self.saes.items()}
+        kept: dict[int, torch.Tensor] = {}
+        if keep_residuals:
+            width, dtype = residual_width(self.model), next(self.model.parameters()).dtype
+            kept = {layer: torch.empty(count, width, dtype=dtype) for layer in self.layers}
         for rows in batches(windows.starts, self.batch_tokens):
             ids, real, places = self.pad(windows, rows)
             try:
                 with clock("model"):
-                    residual = residuals(self.model, ids, sorted(self.saes))
+                    residual = residuals(self.model, ids, self.layers)
                 with clock("encode"):
-                    for layer, buffer in buffers.items():
+                    for layer in self.layers:
                         hidden = residual[layer][:, 1:] if self.bos is not None else residual[layer]
-                        buffer.put(places, hidden[real], self.precision)
+                        x = hidden[real]
+                        if layer in buffers:
+                            buffers[layer].put(places, x, self.precision)
+                        if keep_residuals:
+                            kept[layer][torch.from_numpy(places)] = x.cpu()
             except torch.OutOfMemoryError as error:
                 raise ModelError(
                     f"A batch of {ids.shape[0]} x {ids.shape[1]} tokens did not fit into the device's memory. Finished "
@@ -73,8 +92,8 @@ class Encoder:
             bar.update(len(places))
         features = {layer: buffer.finish() for layer, buffer in buffers.items()}
         if self.strict:
-            self.refuse_nan(features, windows)
-        return features
+            self.refuse_nan(features, kept, windows)
+        return Encoded(features, kept)
 
     def pad(self, windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Right-padded ids [B, S], which of them are real [B, S], and the places of those in `windows`.
@@ -93,9 +112,12 @@ class Encoder:
         device = next(self.model.parameters()).device
         return torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device), places
 
-    def refuse_nan(self, features: dict[int, LayerFeatures], windows: Windows) -> None:
-        for layer, found in features.items():
-            bad = np.flatnonzero(found.packed["flags"] & NAN_ROW)
+    def refuse_nan(self, features: dict[int, LayerFeatures], kept: dict[int, torch.Tensor], windows: Windows) -> None:
+        for layer in self.layers:
+            if layer in features:
+                bad = np.flatnonzero(features[layer].packed["flags"] & NAN_ROW)
+            else:
+                bad = (~kept[layer].isfinite().all(dim=1)).nonzero().flatten().numpy()
             if len(bad):
                 raise InputError(
                     f"The residual of layer {layer} is NaN or infinite at {len(bad)} tokens, first in document "
@@ -152,7 +174,7 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    saes = load_saes(config, device)
+    saes = load_saes(config, device) if config.features else {}
     path = config.model or str(embedded.default_model_path())
     model, tokenizer = load_model(path, device=device, dtype=config.dtype)
     sha256 = model_hash(path)
@@ -164,10 +186,13 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
     mismatches = {}
     for layer, sae in saes.items():
         mismatches[layer] = check_fit(model, name, sha256, local, layer, sae, config.allow_mismatch)
+    if not saes:
+        check_layers(config.layers, name, num_layers(model))
     return Encoder(
         model=model,
         tokenizer=tokenizer,
         saes=saes,
+        layers=tuple(sorted(saes or config.layers)),
         mismatches=mismatches,
         model_name=name,
         model_sha256=sha256,
@@ -179,6 +204,15 @@ def load_encoder(config: "EncodeConfig") -> Encoder:
         strict=config.strict,
         bos=tokenizer.bos_token_id if config.bos else None,
     )
+
+
+def check_layers(layers: tuple[int, ...], name: str, blocks: int) -> None:
+    """Refuse layers that the model does not have, or that are named twice."""
+    wrong = [layer for layer in layers if not 0 <= layer < blocks]
+    if wrong:
+        raise ModelError(f"Layer {wrong[0]} was asked for, and {name} has the layers 0 to {blocks - 1}.")
+    if len(set(layers)) < len(layers):
+        raise InputError(f"--layers {' '.join(map(str, layers))} names a layer twice. Name every layer once.")
 
 
 def check_window(name: str, model: Any, tokenizer: Any, config: "EncodeConfig") -> None:
