@@ -304,7 +304,7 @@ struct ExactEncoder {
         dead = dead || list.overflow;
         if (s > 0) append(all, list, block.thresholds[r]);
       }
-      raise(block.thresholds[r], QSCOPE_DISPATCH(near_kth_low(all, k, 14)));
+      raise(block.thresholds[r], QSCOPE_DISPATCH(kth_low(all, k)));
       QSCOPE_DISPATCH(drop(all, block.thresholds[r], std::numeric_limits<float>::infinity()));
       dead = dead || all.count > static_cast<int64_t>(block.limit);
       if (dead) return all.clear();
@@ -409,7 +409,7 @@ struct ExactEncoder {
   void tighten(const PassBlock& block, Contenders* lists, std::vector<int64_t>& done) const {
     share(block.rows, slots, [&](int64_t, int64_t r) {
       Contenders& list = lists[r];
-      const float tau = below(QSCOPE_DISPATCH(near_kth_low(list, k, 20)));
+      const float tau = below(QSCOPE_DISPATCH(kth_low(list, k)));
       int64_t& scored = done[static_cast<size_t>(r)];
       scored = std::count_if(list.high.begin(), list.high.begin() + scored, [&](float high) { return high > tau; });
       block.thresholds[r] = QSCOPE_DISPATCH(drop(list, tau, block.thresholds[r]));
@@ -421,7 +421,7 @@ struct ExactEncoder {
     std::vector<Candidate> all;
     for (size_t i = 0; i < static_cast<size_t>(list.count); ++i) all.push_back({list.low[i], list.index[i]});
     if (list.nan) return write_row(nullptr, n, count, std::numeric_limits<float>::quiet_NaN());
-    std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
+    sort_best(all.data(), static_cast<int64_t>(all.size()), k);
     const float gap = static_cast<float>(static_cast<double>(all[static_cast<size_t>(k - 1)].value) - bound);
     const float margin = std::max(0.0f, std::nextafter(gap, -std::numeric_limits<float>::infinity()));
     write_row(all.data(), n, count, count == F ? std::numeric_limits<float>::infinity() : margin);
@@ -462,7 +462,7 @@ struct ExactEncoder {
         all.insert(all.end(), list.items, list.items + list.count);
       }
       if (nan) return write_row(nullptr, rows[i].n, F, std::numeric_limits<float>::quiet_NaN());
-      std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
+      sort_best(all.data(), static_cast<int64_t>(all.size()), k);
       write_row(all.data(), rows[i].n, F, std::numeric_limits<float>::infinity());
     });
   }

@@ -17,7 +17,7 @@ void select_rows(const T* scores, int64_t N, int64_t F, int64_t k, bool relu, T*
     reset(list, items.get() + slot * capacity);
     QSCOPE_DISPATCH(scan_row(scores + n * F, F, static_cast<int32_t>(k), capacity, list));
     if (list.nan) return write_nan_row(k, values + n * k, indices + n * k);
-    std::partial_sort(list.items, list.items + k, list.items + list.count, before);
+    sort_best(list.items, list.count, k);
     for (int64_t j = 0; j < k; ++j) {
       const Candidate& best = list.items[j];
       const float value = relu && !(best.value > 0.0f) ? 0.0f : best.value + 0.0f;  // -0 + 0 is +0

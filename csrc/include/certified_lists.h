@@ -97,6 +97,18 @@ inline float near_kth_low(const Contenders& list, int64_t k, int steps) {
   return floor;
 }
 
+// The k-th largest lower bound: whatever the order in which threads listed and dropped, what it excludes is the same.
+inline float kth_low(const Contenders& list, int64_t k) {
+  const float floor = near_kth_low(list, k, 8);
+  if (floor == kNone) return kNone;
+  std::vector<float> lows;
+  for (size_t i = 0; i < static_cast<size_t>(list.count); ++i) {
+    if (list.low[i] >= floor) lows.push_back(list.low[i]);
+  }
+  std::nth_element(lows.begin(), lows.begin() + (k - 1), lows.end(), std::greater<float>());
+  return lows[static_cast<size_t>(k - 1)];
+}
+
 inline void shrink(Contenders& list, const PassBlock& block, int64_t row) {
   std::atomic<float>& threshold = block.thresholds[row];
   raise(threshold, near_kth_low(list, block.k, 8));

@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <limits>
+#include <vector>
 
 namespace qscope {
 
@@ -15,6 +18,28 @@ struct Candidate {
 
 inline bool before(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
+
+// Moves the k best to the front, in order; -0 becomes +0, NaN must not be among them. Whole numbers that descend in that
+// order are sorted: comparing them takes no branch.
+inline void sort_best(Candidate* items, int64_t count, int64_t k) {
+  std::vector<uint64_t> keys(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = items[i].value + 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    keys[static_cast<size_t>(i)] = uint64_t{bits} << 32 | ~static_cast<uint32_t>(items[i].index);
+  }
+  if (k < count) std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<uint64_t>());
+  std::sort(keys.begin(), keys.begin() + k, std::greater<uint64_t>());
+  for (int64_t i = 0; i < k; ++i) {
+    const uint64_t key = keys[static_cast<size_t>(i)];
+    uint32_t bits = static_cast<uint32_t>(key >> 32);
+    bits = bits >> 31 ? bits & 0x7fffffffu : ~bits;
+    std::memcpy(&items[i].value, &bits, 4);
+    items[i].index = static_cast<int32_t>(~static_cast<uint32_t>(key));
+  }
 }
 
 // Candidates arrive in ascending index order. While `tau` is NaN everything is taken; after the first compaction
