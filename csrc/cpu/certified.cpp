@@ -28,6 +28,7 @@ namespace qscope::avx512 {
 #define QSCOPE_HAS_DOTS 0
 #endif
 
+#include "certified_pairs.h"
 #include "topk_select.h"
 
 namespace qscope {
@@ -37,7 +38,6 @@ constexpr int64_t kBlockRows = 516;          // rows per pass over the weights; 
 constexpr int64_t kDirectRows = 4;           // so few rows are bound by reading W: they are scored in full at once
 constexpr int64_t kListMemory = 64ll << 20;  // contenders of all threads together
 constexpr int64_t kFullGroup = 64;           // rows scored in full per pass over the weights
-constexpr int64_t kFeatureTask = 64;
 // Rows whose rounding to int8 loses more than this part of their norm, over sqrt(D), would list most of F.
 constexpr double kMostLost = 0.8;
 
@@ -86,14 +86,6 @@ void share(int64_t tasks, int64_t slots, const F& f) {
 struct Row {
   const float* x;
   int64_t n;  // of the output
-};
-
-// Pairs of a row and a feature, grouped by feature, so that a row of W is read once for all the rows of x that need it.
-template <typename T>
-struct Pairs {
-  std::vector<int64_t> offset;  // [F + 1]
-  std::vector<const T*> from;   // rows of x
-  std::vector<Place> to;
 };
 
 template <typename TW>
@@ -321,48 +313,9 @@ struct ExactEncoder {
     all.count += list.count;
   }
 
-  // Items begin[r]..end[r] of each row.
-  template <typename T>
-  Pairs<T> group(const std::vector<const T*>& rows, const Contenders* lists, const std::vector<int64_t>& begin,
-                 const std::vector<int64_t>& end) const {
-    Pairs<T> pairs;
-    std::vector<int64_t>& offset = pairs.offset;
-    offset.assign(static_cast<size_t>(F + 1), 0);
-    const auto each = [&](const auto& f) {
-      for (size_t r = 0; r < rows.size(); ++r) {
-        for (int64_t i = begin[r]; i < end[r]; ++i) f(r, i, static_cast<size_t>(lists[r].index[static_cast<size_t>(i)]));
-      }
-    };
-    each([&](size_t, int64_t, size_t feature) { ++offset[feature + 1]; });
-    for (size_t f = 0; f < static_cast<size_t>(F); ++f) offset[f + 1] += offset[f];
-    const size_t count = static_cast<size_t>(offset.back());
-    pairs.from.assign(count + kScoreAhead, rows[0]);
-    pairs.to.resize(count);
-    std::vector<int64_t> next(offset.begin(), offset.end() - 1);
-    each([&](size_t r, int64_t i, size_t feature) {
-      const size_t at = static_cast<size_t>(next[feature]++);
-      pairs.from[at] = rows[r];
-      pairs.to[at] = {static_cast<int32_t>(r), static_cast<int32_t>(i)};
-    });
-    return pairs;
-  }
-
-  // f(feature, its first pair, number of pairs, the feature wanted next) for every feature that a row needs.
   template <typename T, typename E>
-  void for_features(const Pairs<T>& pairs, const E& f) const {
-    const std::vector<int64_t>& offset = pairs.offset;
-    share((F + kFeatureTask - 1) / kFeatureTask, slots, [&](int64_t, int64_t task) {
-      const int64_t end = std::min(F, (task + 1) * kFeatureTask);
-      const auto wanted = [&](int64_t g) {
-        while (g < end && offset[static_cast<size_t>(g)] == offset[static_cast<size_t>(g) + 1]) ++g;
-        return g;
-      };
-      for (int64_t g = wanted(task * kFeatureTask); g < end;) {
-        const int64_t begin = offset[static_cast<size_t>(g)], after = wanted(g + 1);
-        f(g, begin, offset[static_cast<size_t>(g) + 1] - begin, after);
-        g = after;
-      }
-    });
+  void share_features(const Pairs<T>& pairs, const E& f) const {
+    share((F + kFeatureTask - 1) / kFeatureTask, slots, [&](int64_t, int64_t task) { for_features(pairs, task, f); });
   }
 
   // Replaces the bounds of items done[r]..end[r] of each row by their score. First for about k items of largest lower
@@ -371,8 +324,8 @@ struct ExactEncoder {
              const std::vector<int64_t>& end) const {
     std::vector<const float*> xs;
     for (const Row& row : rows) xs.push_back(row.x);
-    const Pairs<float> pairs = group(xs, lists, done, end);
-    for_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
+    const Pairs<float> pairs = group(F, xs, lists, done, end);
+    share_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
       const Place* places = pairs.to.data() + begin;
       std::vector<float*> to(static_cast<size_t>(count));
       for (size_t i = 0; i < to.size(); ++i) to[i] = &lists[places[i].row].low[static_cast<size_t>(places[i].position)];
@@ -396,8 +349,8 @@ struct ExactEncoder {
           QSCOPE_DISPATCH(halve_row(rows[i].x, block.mu, D, halves.get() + r * D, bounds[r].half_scale));
       bounds[r].half_A = block.terms.half(sums, D);
     });
-    const Pairs<f16> pairs = group(at, lists, done, end);
-    for_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
+    const Pairs<f16> pairs = group(F, at, lists, done, end);
+    share_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
       QSCOPE_DISPATCH(refine_rows(pairs.from.data() + begin, pairs.to.data() + begin, count, W + f * D, W + after * D,
                                   block, panels[f / kPanel], f % kPanel, lists));
     });
