@@ -57,6 +57,8 @@ def operators(matmul: bool, device: str = "cuda") -> dict[str, Callable[[], obje
         found["topk_encode bf16"] = lambda: ops.topk_encode(x, W, b_enc, K, "bf16")
         found["topk_encode exact"] = lambda: ops.topk_encode(x, W, b_enc, K, "exact")
         found["topk_encode_certified"] = lambda: ops.topk_encode_certified(x, W, b_enc, K)
+        found["pack_encoder"] = lambda: ops.pack_encoder(W, b_enc)
+        found["topk_encode_packed"] = lambda: ops.topk_encode_packed(x, ops.pack_encoder(W, b_enc), K)
     return found
 
 

@@ -62,6 +62,22 @@ class PreparedEncoder:
     """[F / 64 rounded up, 4] float32: the maxima of bounds over 64 features."""
 
 
+def packed_tensors(prepared: PreparedEncoder, W_enc: Tensor) -> list[Tensor]:
+    """What `prepare_encoder` made of W_enc, as tensors that share no memory with it: see `from_packed`."""
+    p = prepared
+    none = p.high.new_empty((0, p.high.shape[1]))
+    high = none if p.high.data_ptr() == W_enc.data_ptr() else p.high
+    return [high, none if p.low is None else p.low, p.mean, p.bounds, p.beta, p.groups]
+
+
+def from_packed(W_enc: Tensor, b_enc: Tensor | None, mu: Tensor, tensors: list[Tensor]) -> PreparedEncoder:
+    """The prepared encoder of `packed_tensors`. W_enc: the weights meant, or for "bf16x2" their high part."""
+    high, low, mean, bounds, beta, groups = tensors
+    high = high if high.numel() else W_enc
+    kept = (low, "bf16x2") if low.numel() else (None, "fp32")
+    return PreparedEncoder(kept[1], high, W_enc, kept[0], _bias_of(b_enc), mu, mean, bounds, beta, groups)
+
+
 class ExactPlan(NamedTuple):
     """Candidates of `batch` rows are scored together; the pass runs on tiles of `rows` tokens by `columns` features
     (all of F, rounded up to 4, or a multiple of 64). blocks: thread blocks that score flagged rows."""

@@ -97,11 +97,8 @@ def _(W_enc: Tensor, b_enc: Tensor | None, mu: Tensor, pair: bool) -> list[Tenso
 
 @_op.register_kernel("cuda")
 def _(W_enc: Tensor, b_enc: Tensor | None, mu: Tensor, pair: bool) -> list[Tensor]:
-    from qscope_kernels.exact_encode import available, prepare_encoder
+    from qscope_kernels.exact_encode import available, packed_tensors, prepare_encoder
 
     if not available(W_enc):
         return reference.pack_encoder(W_enc, b_enc, mu, pair)
-    p = prepare_encoder(W_enc, b_enc, mu, "bf16x2" if pair else "fp32")
-    none = p.bounds.new_empty((0, W_enc.shape[1]), dtype=torch.bfloat16)
-    high = none if p.high.data_ptr() == W_enc.data_ptr() else p.high
-    return [high, none if p.low is None else p.low, p.mean, p.bounds, p.beta, p.groups]
+    return packed_tensors(prepare_encoder(W_enc, b_enc, mu, "bf16x2" if pair else "fp32"), W_enc)

@@ -61,16 +61,10 @@ def _(
 def _(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, mu: Tensor, codes: list[Tensor], k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from qscope_kernels.exact_encode import PreparedEncoder, exact_encode_fwd
+    from qscope_kernels.exact_encode import exact_encode_fwd, from_packed
 
     if not codes:
         return reference.topk_encode_packed(x, W_enc, b_enc, mu, codes, k)
-    high, low, mean, bounds, beta, groups = codes
-    own, pair = high.numel() == 0, low.numel() > 0
-    high = W_enc if own else high
-    bias = None if b_enc is None else b_enc.float().contiguous()
-    prepared = PreparedEncoder(
-        "bf16x2" if pair else "fp32", high, W_enc, low if pair else None, bias, mu, mean, bounds, beta, groups
-    )
+    prepared = from_packed(W_enc, b_enc, mu, codes)
     values, indices, certificate = exact_encode_fwd(x, prepared, k, return_certificate=True)
     return values, indices, certificate.candidates, certificate.margin

@@ -25,6 +25,8 @@ from qscope.files import cache_dir
 OPERATORS = (
     "topk_encode",
     "topk_encode_certified",
+    "topk_encode_packed",
+    "pack_encoder",
     "topk_select",
     "sparse_decode",
     "decode_loss",
@@ -36,7 +38,8 @@ OPERATORS = (
     "feature_stats_",
 )
 # Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
-_CUDA_CPP = {"topk_encode", "topk_encode_certified", "topk_select"}
+_CUDA_ONLY = {"topk_encode_certified", "topk_encode_packed", "pack_encoder"}  # the reference, without nvcc
+_CUDA_CPP = {"topk_encode", "topk_select", *_CUDA_ONLY}
 # On a CPU these are made of other operators, and are as native as those.
 _PARTS = {"decode_loss": "sparse_decode", "sparse_grads": "sparse_outer"}
 _CPU_FLAGS = (
@@ -361,6 +364,8 @@ def _on_cuda(operator: str) -> Backend:
 
     if operator in _CUDA_CPP and cuda_library.nvcc():
         return Backend(operator, "cuda", f"CUDA C++ ({', '.join(sorted(kernels))})", True)
+    if operator in _CUDA_ONLY:
+        return Backend(operator, "cuda", "PyTorch reference: there is no nvcc", False)
     if _version("triton") or _version("pytorch-triton"):
         return Backend(operator, "cuda", f"Triton ({', '.join(sorted(kernels))})", True)
     return Backend(operator, "cuda", "Triton, but triton is not installed", False)

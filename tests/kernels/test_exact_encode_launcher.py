@@ -24,6 +24,8 @@ from qscope_kernels.exact_encode import (
     exact_encode_fwd,
     exact_plan,
     exact_topk_encode_fwd,
+    from_packed,
+    packed_tensors,
     prepare_encoder,
     typical_mean,
 )
@@ -399,3 +401,22 @@ def test_bad_input_is_refused() -> None:
         exact_encode_fwd(x, prepared, 4, plan=ExactPlan(5, 5, 100))
     with pytest.raises(ValueError, match="weights='int8'"):
         prepare_encoder(W, b, None, "int8")
+
+
+@pytest.mark.parametrize(
+    "weights, dtype", [("fp32", torch.float32), ("bf16x2", torch.float32), ("fp32", torch.bfloat16)]
+)
+def test_packed_tensors_hold_all_of_a_prepared_encoder(weights: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(5)
+    x, W, b = (
+        torch.randn(9, 48, generator=g),
+        torch.randn(200, 48, generator=g).to(dtype),
+        torch.randn(200, generator=g),
+    )
+    mu = x.mean(0)
+    prepared = prepare_encoder(W, b, mu, weights)
+    tensors = packed_tensors(prepared, W)
+    assert all(t.data_ptr() != W.data_ptr() for t in tensors if t.numel())  # an operator may not return its input
+    again = from_packed(tensors[0] if weights == "bf16x2" else W, b, mu, tensors)
+    got, want = (exact_encode_fwd(x, p, 7, return_certificate=True) for p in (again, prepared))
+    torch.testing.assert_close([*got[:2], *got[2]], [*want[:2], *want[2]], rtol=0, atol=0)
