@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from qscope import checkpoints, ops
 from qscope.checkpoints import SAECard
@@ -52,7 +53,8 @@ class SAE(nn.Module):
         bfloat16 or float16, on one device. Contiguous tensors are used as they are, without a copy.
     k: active features per token, 1..F.
     While W_enc and b_enc are frozen, encode_topk packs them on its first exact call (`pack`), which takes F D bytes
-        more on a CPU with AVX512-VNNI and 2 F D on a GPU; writing to them through torch makes it pack again.
+        more on a CPU with AVX512-VNNI and 2 F D on a GPU. Writing to them makes it pack again, except for writes that
+        torch does not count, through `.data` or numpy: call `unpack` after those.
     card: what is known about the SAE; its k, sizes and dtype are set from the other arguments.
 
     Raises InputError for anything that does not fit.
@@ -75,7 +77,8 @@ class SAE(nn.Module):
         self.k = check_k(k, self.d_sae, "SAE", InputError)
         self.card = replace(card or SAECard(), k=k, d_in=self.d_in, d_sae=self.d_sae, dtype=dtype_name(W_enc.dtype))
         self._packed: ops.PackedEncoder | None = None
-        self._packed_of: tuple[Any, ...] | None = None
+        self._packed_of: tuple[Any, ...] = ()
+        self._compile_packed = False
 
     @classmethod
     def from_pretrained(
@@ -173,39 +176,58 @@ class SAE(nn.Module):
             return CertifiedOutput(acts.reshape(shape), indices.reshape(shape), *(t.reshape(leading) for t in figures))
         return EncoderOutput(acts.reshape(shape), indices.reshape(shape))
 
-    def pack(self, weights: str = "fp32") -> "SAE":
-        """Packs the encoder for exact encoding; returns the SAE. Needed only before torch.compile, or for `weights`.
+    def pack(self) -> "SAE":
+        """Packs the encoder for exact encoding (`qscope.ops.pack_encoder`); returns the SAE.
 
-        weights: which weights exact encoding means from now on, "fp32" (W_enc itself), "bf16x2" or "bf16": see
-            `qscope.ops.pack_encoder`. The SAE keeps W_enc; who wants the memory keeps what `pack_encoder` returns,
-            or loads the SAE with dtype="bfloat16".
+        Without torch.compile there is no need to call it. Compiled code uses packed weights only after this call, and
+        those of the last one: call it again when the weights have changed.
 
-        Raises InputError for a trainable encoder, whose packed weights would be out of date after a step, and for
-        unknown `weights`.
+        Raises InputError for a trainable encoder, whose packed weights would be out of date after a step.
         """
         if self.W_enc.requires_grad or self.b_enc.requires_grad:
             raise InputError("W_enc or b_enc requires gradients. Freeze the SAE first: sae.requires_grad_(False).")
-        if weights not in ops.WEIGHTS:
-            raise InputError(f"weights={weights!r} was asked for; accepted are {', '.join(map(repr, ops.WEIGHTS))}.")
-        self._packed = ops.pack_encoder(self.W_enc, self.b_enc, self.b_dec, weights)
-        self._packed_of = (weights, *map(_state, (self.W_enc, self.b_enc)))
+        self._pack()
+        self._compile_packed = True
         return self
 
+    def unpack(self) -> "SAE":
+        """Forgets what was packed; the next exact call packs again. Returns the SAE."""
+        self._packed, self._packed_of, self._compile_packed = None, (), False
+        return self
+
+    def _pack(self) -> None:
+        self._packed = None  # before its successor is made
+        self._packed_of = self._weights_now()
+        self._packed = ops.pack_encoder(self.W_enc, self.b_enc, self.b_dec)
+
+    def _weights_now(self) -> tuple[Any, ...]:
+        """What changes when torch writes to the encoder or replaces it."""
+        return tuple(x for t in (self.W_enc, self.b_enc) for x in (id(t), t.data_ptr(), t._version))
+
     def _packed_now(self, rows: Tensor) -> ops.PackedEncoder | None:
-        """The packed encoder, made or made again where due; None where a gradient is wanted or nothing is packed."""
-        wanted = self.W_enc.requires_grad or self.b_enc.requires_grad
-        if wanted or (rows.requires_grad and torch.is_grad_enabled()):
+        """The packed encoder, packed anew where due; None where a gradient is wanted or it could go stale unseen."""
+        encoder = (self.W_enc, self.b_enc)
+        if any(t.requires_grad for t in encoder) or (rows.requires_grad and torch.is_grad_enabled()):
             return None
-        if not torch.compiler.is_compiling():
-            weights = "fp32" if self._packed_of is None else self._packed_of[0]
-            if self._packed_of != (weights, *map(_state, (self.W_enc, self.b_enc))):
-                self.pack(weights)
+        if torch.compiler.is_compiling():
+            return self._packed if self._compile_packed else None
+        # Fake tensors and those of torch.func have no data; tensors of inference mode do not count their versions.
+        if any(type(t) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(t) for t in (rows, *encoder)):
+            return None
+        if any(t.is_inference() for t in encoder):
+            return None
+        if self._packed is None or self._packed_of != self._weights_now():
+            self._pack()
         return self._packed if self._packed is not None and self._packed.codes else None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SAE":
         """Moved or cast weights are packed anew."""
-        self._packed, self._packed_of = None, None
+        self.unpack()
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles pack for themselves."""
+        return {**self.__dict__, "_packed": None, "_packed_of": (), "_compile_packed": False}
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations [.., F] in the SAE's dtype, as callers of SAELens and SAEBench expect.
@@ -265,11 +287,6 @@ class SAE(nn.Module):
         """
         card = replace(self.card, k=self.k, d_in=self.d_in, d_sae=self.d_sae, dtype=dtype_name(self.dtype))
         return checkpoints.save(Weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.k, card), path, format)
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when torch writes to the tensor or replaces it."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

@@ -80,3 +80,26 @@ def test_pack_refuses(change, word):
 def test_encode_refuses(x, k, word):
     with pytest.raises(ValueError, match=word):
         topk_encode_packed(x, pack_encoder(torch.zeros(9, 4)), k)
+
+
+def test_later_writes_to_what_was_given():
+    """mu and the bias are copies; weights that changed are refused where a score shows it."""
+    x, W, b = sample()
+    mu = x[0].clone()
+    packed = pack_encoder(W, b, mu)
+    want = topk_encode_packed(x, packed, 7)
+    mu.add_(3)
+    b.add_(1)
+    torch.testing.assert_close(topk_encode_packed(x, packed, 7), want, rtol=0, atol=0)
+    if packed.codes and packed.codes[0].numel():
+        W.neg_()
+        with pytest.raises(ValueError, match="written to after pack_encoder"):
+            topk_encode_packed(x, packed, 7)
+
+
+def test_no_columns():
+    """A score is its bias then."""
+    b = torch.tensor([1.0, 3.0, 3.0, -1.0])
+    for rows in (1, 6):
+        got = topk_encode_packed(torch.zeros(rows, 0), pack_encoder(torch.zeros(4, 0), b), 2)
+        assert got[0].tolist() == [[3.0, 3.0]] * rows and got[1].tolist() == [[1, 2]] * rows

@@ -37,6 +37,7 @@ namespace {
 constexpr int64_t kBlockRows = 516;          // rows per pass over the weights; each pass rounds them once more
 constexpr int64_t kDirectRows = 4;           // so few rows are bound by reading W: they are scored in full at once
 constexpr int64_t kListMemory = 64ll << 20;  // contenders of all threads together
+constexpr int64_t kContenders = 11ll << 20;  // of all rows together, 12 bytes each; threads hold half as many again
 constexpr int64_t kFullGroup = 64;           // rows scored in full per pass over the weights
 // Rows whose rounding to int8 loses more than this part of their norm, over sqrt(D), would list most of F.
 constexpr double kMostLost = 0.8;
@@ -98,6 +99,7 @@ struct ExactEncoder {
   int32_t* indices;
   Certificate certificate;
   bool codes_pay = true;
+  mutable std::atomic<bool> out_of_bounds{false};
 
   ExactEncoder(int64_t N, int64_t D, int64_t F, int64_t k, const TW* W, const float* bias, CodedWeights coded,
                float* values, int32_t* indices, Certificate certificate)
@@ -129,11 +131,11 @@ struct ExactEncoder {
 
   void encode_block(std::vector<Row> rows) {
     const size_t all = rows.size();
-    if (codes_pay && have(kInt8, D) && (coded.codes != nullptr || all > kDirectRows)) {
+    if (D > 0 && codes_pay && have(kInt8, D) && (coded.codes != nullptr || all > kDirectRows)) {
       rows = certify(kInt8, rows);
       codes_pay = rows.size() <= all / 2;
     }
-    if (rows.size() > kDirectRows) rows = certify(have(kBf16, D) ? kBf16 : kFloat32, rows);
+    if (D > 0 && rows.size() > kDirectRows) rows = certify(have(kBf16, D) ? kBf16 : kFloat32, rows);
     for (size_t begin = 0; begin < rows.size(); begin += kFullGroup) {
       encode_full(rows.data() + begin, static_cast<int64_t>(std::min<size_t>(rows.size() - begin, kFullGroup)));
     }
@@ -174,8 +176,9 @@ struct ExactEncoder {
     std::vector<RowBound> bounds(rows.size());
     std::vector<std::atomic<float>> thresholds(rows.size());
     for (std::atomic<float>& threshold : thresholds) threshold = -std::numeric_limits<float>::infinity();
-    PassBlock block{nullptr, mu.data(), bias, bounds.data(), thresholds.data(), count, D, F, k,
-                    static_cast<size_t>(std::max<int64_t>(4096, F / 2)),
+    const int64_t limit = std::min(std::max<int64_t>(4096, F / 2), std::max<int64_t>(4096, kContenders / count));
+    const int64_t thread_limit = std::min(limit, 1024 + 4 * k + 3 * limit / (2 * slots));
+    PassBlock block{nullptr, mu.data(), bias, bounds.data(), thresholds.data(), count, D, F, k, limit, thread_limit,
                     BoundTerms(D, std::sqrt(mean) * kSafe, bound_scale)};
     const int64_t tile_bytes = kTileRows * (kind == kInt8 ? padded_codes(D) : kind == kBf16 ? (D + 31) / 32 * 64 : D * 4);
     Buffer<char> packed(block.tiles() * tile_bytes);
@@ -204,6 +207,10 @@ struct ExactEncoder {
     if (kind != kFloat32) refine(rows, block, bounds.data(), panels.data(), lists.data(), done, end);
     for (size_t r = 0; r < rows.size(); ++r) scored[r] += (end[r] = lists[r].count) - done[r];
     score(rows, lists.data(), done, end);
+    if (out_of_bounds && given && bound_scale == 1) {
+      throw std::invalid_argument("a score lies outside the bounds that its codes give: the weights were written to after "
+                                  "pack_encoder; pack them again");
+    }
     share(count, slots, [&](int64_t, int64_t r) {
       if (left[static_cast<size_t>(r)]) return;
       const size_t i = static_cast<size_t>(r);
@@ -294,11 +301,13 @@ struct ExactEncoder {
       for (int64_t s = 0; s < slots; ++s) {
         Contenders& list = lists[s * block.rows + r];
         dead = dead || list.overflow;
-        if (s > 0) append(all, list, block.thresholds[r]);
+        if (s == 0) continue;
+        append(all, list, block.thresholds[r]);
+        list.clear();
       }
       raise(block.thresholds[r], QSCOPE_DISPATCH(kth_low(all, k)));
       QSCOPE_DISPATCH(drop(all, block.thresholds[r], std::numeric_limits<float>::infinity()));
-      dead = dead || all.count > static_cast<int64_t>(block.limit);
+      dead = dead || all.count > block.limit;
       if (dead) return all.clear();
       all.first = QSCOPE_DISPATCH(split(all, block.thresholds[r]));
     });
@@ -328,10 +337,16 @@ struct ExactEncoder {
     share_features(pairs, [&](int64_t f, int64_t begin, int64_t count, int64_t after) {
       const Place* places = pairs.to.data() + begin;
       std::vector<float*> to(static_cast<size_t>(count));
-      for (size_t i = 0; i < to.size(); ++i) to[i] = &lists[places[i].row].low[static_cast<size_t>(places[i].position)];
+      std::vector<float> low(to.size());
+      for (size_t i = 0; i < to.size(); ++i) {
+        to[i] = &lists[places[i].row].low[static_cast<size_t>(places[i].position)];
+        low[i] = *to[i];
+      }
       QSCOPE_DISPATCH(score_rows(pairs.from.data() + begin, count, W + f * D, 1, W + after * D,
                                  bias == nullptr ? nullptr : bias + f, D, to.data()));
-      for (int64_t i = 0; i < count; ++i) QSCOPE_DISPATCH(settle_item(lists[places[i].row], places[i].position));
+      for (size_t i = 0; i < to.size(); ++i) {
+        if (!QSCOPE_DISPATCH(settle_item(lists[places[i].row], places[i].position, low[i]))) out_of_bounds = true;
+      }
     });
   }
 
@@ -372,8 +387,12 @@ struct ExactEncoder {
   // `count` features were scored; `bound` is not below any score that is not among the items.
   void choose(const Contenders& list, int64_t count, float bound, int64_t n) const {
     std::vector<Candidate> all;
-    for (size_t i = 0; i < static_cast<size_t>(list.count); ++i) all.push_back({list.low[i], list.index[i]});
-    if (list.nan) return write_row(nullptr, n, count, std::numeric_limits<float>::quiet_NaN());
+    bool nan = false;
+    for (size_t i = 0; i < static_cast<size_t>(list.count); ++i) {
+      all.push_back({list.low[i], list.index[i]});
+      nan = nan || list.high[i] > list.low[i];  // only a NaN's bounds still differ, now that all are scored
+    }
+    if (nan) return write_row(nullptr, n, count, std::numeric_limits<float>::quiet_NaN());
     sort_best(all.data(), static_cast<int64_t>(all.size()), k);
     const float gap = static_cast<float>(static_cast<double>(all[static_cast<size_t>(k - 1)].value) - bound);
     const float margin = std::max(0.0f, std::nextafter(gap, -std::numeric_limits<float>::infinity()));
@@ -435,7 +454,7 @@ void encode_exact(const Tensor& x, const Tensor& W, const std::optional<Tensor>&
 }
 
 int64_t coded_bytes(int64_t F, int64_t D) {
-  return have(kInt8, D) ? (F + kPanel - 1) / kPanel * coded_panel_bytes(D) : 0;
+  return D > 0 && have(kInt8, D) ? (F + kPanel - 1) / kPanel * coded_panel_bytes(D) : 0;
 }
 
 void encode_weights([[maybe_unused]] const Tensor& W, [[maybe_unused]] const std::optional<Tensor>& bias,

@@ -111,13 +111,13 @@ struct Contenders {
   std::vector<int32_t> index;
   int64_t count = 0, trigger = 0;
   int64_t first = 0;  // so many of them come first whose lower bound exceeds the threshold
-  bool overflow = false, nan = false;
+  bool overflow = false;
 
   void room(int64_t more) {  // beyond `count`, for whole vectors
     const size_t need = static_cast<size_t>(count + more);
     if (high.size() >= need) return;
-    for (std::vector<float>* column : {&high, &low}) column->resize(2 * need);
-    index.resize(2 * need);
+    for (std::vector<float>* column : {&high, &low}) column->resize(need + need / 2);
+    index.resize(need + need / 2);
   }
   void clear() { *this = Contenders(); }
 };
@@ -150,7 +150,8 @@ struct PassBlock {
   const RowBound* bounds;
   std::atomic<float>* thresholds;
   int64_t rows, D, F, k;
-  size_t limit;  // contenders per row and thread above which a row is computed in full
+  int64_t limit;         // contenders of a row above which another pass has to decide
+  int64_t thread_limit;  // and of a row in one thread's list
   BoundTerms terms;
 
   int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }

@@ -37,13 +37,15 @@ Coded encode_row(const T* row, const float* mu, int64_t D, int8_t* codes) {
   const bool usable = peak >= 0x1p-100f;
   out.scale = usable ? peak / 127 : 0.0f;
   const __m512 scale = _mm512_set1_ps(out.scale), inverse = _mm512_set1_ps(usable ? 127 / peak : 0.0f);
-  __m512i total = _mm512_setzero_si512();
+  const __m512i zero_codes = _mm512_setzero_si512(), bound = _mm512_set1_epi32(127);  // a NaN converts to -2^31
+  __m512i total = zero_codes;
   for (int64_t d0 = 0; d0 < D; d0 += kSlab) {
     __m512 kept = _mm512_setzero_ps(), lost = kept;
     for (int64_t d = d0; d < std::min(D, d0 + kSlab); d += 16) {
       __m512 a = load_columns(row + d, D - d);
       if (kCentre) a = _mm512_sub_ps(a, load_columns(mu + d, D - d));
-      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+      const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+      const __m512i code = _mm512_max_epi32(_mm512_min_epi32(near, bound), _mm512_sub_epi32(zero_codes, bound));
       const __m512 whole = _mm512_cvtepi32_ps(code), v = _mm512_mul_ps(whole, scale);
       const __m512 r = _mm512_fnmadd_ps(whole, scale, a);
       kept = _mm512_fmadd_ps(v, v, kept);

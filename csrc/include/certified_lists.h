@@ -113,7 +113,7 @@ inline void shrink(Contenders& list, const PassBlock& block, int64_t row) {
   std::atomic<float>& threshold = block.thresholds[row];
   raise(threshold, near_kth_low(list, block.k, 8));
   drop(list, threshold.load(std::memory_order_relaxed), std::numeric_limits<float>::infinity());
-  if (list.count > static_cast<int64_t>(block.limit)) {
+  if (list.count > block.thread_limit) {
     list.clear();
     list.overflow = true;
     raise(threshold, std::numeric_limits<float>::infinity());
@@ -128,14 +128,15 @@ inline void narrow_to(Contenders& list, int64_t position, float low, float high)
   list.low[static_cast<size_t>(position)] = finite ? low : kNone;
 }
 
-// A score has taken the place of the lower bound: it is both bounds. A NaN condemns the row.
-inline void settle_item(Contenders& list, int64_t position) {
-  const float score = list.low[static_cast<size_t>(position)];
+// A score takes the place of both bounds. A NaN can be anything, and stays the only such item of a finished list.
+// False if the score is not between its bounds.
+inline bool settle_item(Contenders& list, int64_t position, float low) {
+  const size_t at = static_cast<size_t>(position);
+  const float score = list.low[at], high = list.high[at];
   const bool nan = std::isnan(score);
-  list.high[static_cast<size_t>(position)] = nan ? std::numeric_limits<float>::infinity() : score;
-  if (!nan) return;
-  list.low[static_cast<size_t>(position)] = kNone;
-  list.nan = true;
+  list.high[at] = nan ? std::numeric_limits<float>::infinity() : score;
+  if (nan) list.low[at] = kNone;
+  return nan || (score >= low && score <= high);
 }
 
 // Adds the flagged ones of 16 features.

@@ -2,7 +2,7 @@
 
 from qscope.ops.decode_loss import decode_loss
 from qscope.ops.feature_stats_ import feature_stats_, fired_bitmap
-from qscope.ops.pack_encoder import WEIGHTS, PackedEncoder, pack_encoder
+from qscope.ops.pack_encoder import PackedEncoder, pack_encoder
 from qscope.ops.row_adam_ import row_adam_
 from qscope.ops.sparse_decode import sparse_decode
 from qscope.ops.sparse_dot import sparse_dot
@@ -15,7 +15,6 @@ from qscope.ops.topk_encode_packed import topk_encode_packed
 from qscope.ops.topk_select import topk_select
 
 __all__ = [
-    "WEIGHTS",
     "PackedEncoder",
     "SteerSetting",
     "decode_loss",

@@ -17,9 +17,9 @@ class PackedEncoder(NamedTuple):
     W_enc: Tensor
     """[F, D]: the weights that scores are computed from; for "fp32" the tensor that was given, not a copy."""
     b_enc: Tensor | None
-    """[F]"""
+    """[F], a copy: the codes hold it."""
     mu: Tensor
-    """[D] float32: subtracted before rounding."""
+    """[D] float32, a copy: subtracted before rounding."""
     codes: list[Tensor]
     """Of the device and of this version of qscope: not for keeping on disk."""
 
@@ -30,7 +30,8 @@ def pack_encoder(
     """Round an encoder's weights for the low-precision pass of `topk_encode_packed`, reading them once.
 
     Args:
-        W_enc: [F, D], float32, bfloat16 or float16; must not be written to afterwards.
+        W_enc: [F, D], float32, bfloat16 or float16. With "fp32" it is kept, and must not be written to afterwards: an
+            answer from codes of other weights would be wrong (most such answers are refused, not all).
         b_enc: [F], or None.
         mu: [D], a typical row of x (an SAE's b_dec, a mean); None is zero. It makes the pass tight, not the answer
             right: any mu gives the same answer.
@@ -58,8 +59,8 @@ def pack_encoder(
         check_sizes(op, f"W_enc [F, D] is {shape_of(W_enc)}, mu [D] is {shape_of(mu)}", (mu.shape[0], W_enc.shape[1]))
     check_devices(op, W_enc, b_enc, mu)
     with torch.no_grad():
-        centre = W_enc.new_zeros(W_enc.shape[1], dtype=torch.float32) if mu is None else mu.detach().float()
-        bias = None if b_enc is None else b_enc.detach()
+        centre = W_enc.new_zeros(W_enc.shape[1], dtype=torch.float32) if mu is None else mu.detach().float().clone()
+        bias = None if b_enc is None else b_enc.detach().clone()
         meant, pair = _meant(W_enc.detach(), weights)
         codes = call(_op, meant, bias, centre, pair)
         return PackedEncoder(codes[0] if pair else meant, bias, centre, codes)
