@@ -29,6 +29,12 @@ COMMANDS = {
         "qscope.workflows.encode:EncodeConfig",
         "qscope.report.encode_text:render",
     ),
+    "train": Command(
+        "train SAEs: any layers and sweeps at once from one stream, resumable to the bit",
+        "qscope.workflows.train:TrainConfig",
+        "qscope.report.train_text:render",
+        page="qscope.report.train_page:write",
+    ),
     "inspect": Command(
         "features of a store: most frequent, strongest contexts, one text; terminal and HTML page",
         "qscope.workflows.inspect:InspectConfig",
