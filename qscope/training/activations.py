@@ -113,6 +113,7 @@ class ModelActivations:
         probe = self._forward(torch.zeros(1, 1, dtype=torch.int64))
         self.widths = {point: rows.shape[-1] for point, rows in probe.items()}
         self._fruitless = 0
+        self._tokenizer_hash = tokenizer_hash(windows.tokenizer)  # takes a second; every state asks for it
 
     @property
     def done(self) -> bool:
@@ -203,7 +204,7 @@ class ModelActivations:
             "points": [str(point) for point in self.points],
             "dtype": str(self.dtype),
             "norm_multiple": self.filter.multiple,
-            "tokenizer": tokenizer_hash(self.windows.tokenizer),
+            "tokenizer": self._tokenizer_hash,
             **self.windows.settings(),
         }
 

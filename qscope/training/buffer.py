@@ -116,7 +116,8 @@ class ShuffledStream:
             )
         if self.tokens is not None and self.served == 0 and self._refills == 0:
             self.producer.check(self.tokens)
-        if self._left < self.capacity // 2 and not self.producer.done:
+        enough = self.tokens is not None and self._left >= self.tokens - self.served
+        if self._left < self.capacity // 2 and not self.producer.done and not enough:
             self._refill()
         if self._left < n_tokens:
             if self.tokens is not None and self.served + n_tokens <= self.tokens:

@@ -201,3 +201,15 @@ def test_the_median_runs():
     for wrong in (1.0, -3.0, float("nan")):
         with pytest.raises(InputError, match="more than 1"):
             RowFilter([0], torch.device("cpu"), wrong)
+
+
+def test_no_refill_for_rows_that_nobody_will_ask_for():
+    """What is left covers what is still to be served: another forward pass would be for nothing."""
+    producer = Counting(4000)
+    stream = ShuffledStream(producer, capacity=200, tokens=150)
+    stream.next(10)
+    made = producer.at
+    assert made >= 150
+    for _ in range(14):
+        stream.next(10)
+    assert stream.served == 150 and producer.at == made
