@@ -38,6 +38,7 @@ constexpr int64_t kBlockRows = 516;          // rows per pass over the weights; 
 constexpr int64_t kDirectRows = 4;           // so few rows are bound by reading W: they are scored in full at once
 constexpr int64_t kListMemory = 64ll << 20;  // contenders of all threads together
 constexpr int64_t kContenders = 11ll << 20;  // of all rows together, 12 bytes each; threads hold half as many again
+constexpr int64_t kMostWanted = 3;           // dictionaries of at most so many times k are scored in full
 constexpr int64_t kFullGroup = 64;           // rows scored in full per pass over the weights
 // Rows whose rounding to int8 loses more than this part of their norm, over sqrt(D), would list most of F.
 constexpr double kMostLost = 0.8;
@@ -131,11 +132,12 @@ struct ExactEncoder {
 
   void encode_block(std::vector<Row> rows) {
     const size_t all = rows.size();
-    if (D > 0 && codes_pay && have(kInt8, D) && (coded.codes != nullptr || all > kDirectRows)) {
+    const bool choice = D > 0 && F > kMostWanted * k;  // otherwise nearly every feature would be scored after all
+    if (choice && codes_pay && have(kInt8, D) && (coded.codes != nullptr || all > kDirectRows)) {
       rows = certify(kInt8, rows);
       codes_pay = rows.size() <= all / 2;
     }
-    if (D > 0 && rows.size() > kDirectRows) rows = certify(have(kBf16, D) ? kBf16 : kFloat32, rows);
+    if (choice && rows.size() > kDirectRows) rows = certify(have(kBf16, D) ? kBf16 : kFloat32, rows);
     for (size_t begin = 0; begin < rows.size(); begin += kFullGroup) {
       encode_full(rows.data() + begin, static_cast<int64_t>(std::min<size_t>(rows.size() - begin, kFullGroup)));
     }
