@@ -25,6 +25,7 @@ FLOORS = [
     ("qscope.packages", 3),
     ("qscope.embedded", 3),
     ("qscope.activation_store", 3),
+    ("qscope.distributed", 3),
     ("qscope.evaluation", 3),
     ("qscope.training", 3.5),  # made of the parts of floor 3, and what the training workflow is made of
     ("qscope.workflows", 4),

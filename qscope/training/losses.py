@@ -5,18 +5,18 @@ every loss in plain dense PyTorch is in qscope/reference/train_losses.py.
 
 `scale` is 1 / total variance of the targets, so that the loss is the fraction of variance unexplained. It is handed in
 because many processes share one variance; with it, gradients of parts of a batch add up to those of the batch.
+`across` is what processes that share the batch or the features exchange (`qscope.training.parallel`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qscope.ops import decode_loss, sparse_grads, sparse_outer, topk_encode
+from qscope.ops import sparse_grads, sparse_outer
 from qscope.ops.sparse_grads import SparseGrads
-from qscope.reference.decode_loss import total_variance
+from qscope.training.parallel import ALONE, Alone
 
 MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
 
@@ -66,16 +66,6 @@ class Loss:
     """[F] float32: gradient of jumprelu's log thresholds"""
 
 
-Variance = Callable[[Tensor], Tensor]
-"""Of a batch [N, D] about its mean, summed; many processes share one."""
-Total = Callable[[Tensor], Tensor]
-"""Sum over the processes that share a batch."""
-
-
-def _alone(value: Tensor) -> Tensor:
-    return value
-
-
 def fired(acts: Tensor, ids: Tensor, d_sae: int) -> Tensor:
     """[F] bool: features with a value above 0 (NaN is not). Without boolean indexing, which waits for a GPU."""
     marks = torch.zeros(d_sae + 1, dtype=torch.bool, device=acts.device)
@@ -85,44 +75,54 @@ def fired(acts: Tensor, ids: Tensor, d_sae: int) -> Tensor:
 # --- selection -------------------------------------------------------------------------------------------
 
 
-def select_topk(x: Tensor, w: Weights, k: int, precision: str) -> Codes:
-    acts, ids = topk_encode(x, w.W_enc, w.b_enc, k, precision)
+def select_topk(x: Tensor, w: Weights, k: int, precision: str, across: Alone = ALONE) -> Codes:
+    acts, ids, _ = across.encode(x, w.W_enc, w.b_enc, k, precision)
     return Codes(acts, ids, torch.zeros((), dtype=torch.int64, device=x.device))
 
 
-def select_batch_topk(x: Tensor, w: Weights, k: int, limit: int, precision: str) -> tuple[Codes, Tensor]:
+def select_batch_topk(
+    x: Tensor, w: Weights, k: int, limit: int, precision: str, across: Alone = ALONE
+) -> tuple[Codes, Tensor]:
     """The k N largest values of the batch, and the smallest of them that is above 0 (infinity if there is none).
 
     The `limit` largest of every token are merged. A value outside them cannot belong to the k N largest unless all
     `limit` of its token do: those tokens are counted as overflow, and if there are none the selection is that of the
     whole [N, F]. Equal values at the border: lowest token, then lowest id.
     """
-    acts, ids = topk_encode(x, w.W_enc, w.b_enc, limit, precision)
-    acts = acts.masked_fill(acts.isnan(), 0)  # a row of NaN must not decide for the others; its error stays NaN
-    flat, wanted = acts.flatten(), k * len(acts)
+    acts, ids, every = across.encode(x, w.W_enc, w.b_enc, limit, precision)
+    every = every.masked_fill(every.isnan(), 0)  # a row of NaN must not decide for the others; its error stays NaN
+    every, first = across.batch(every)
+    flat, wanted = every.flatten(), k * len(every)
     border = flat.topk(wanted, sorted=False).values.amin()
     above, equal = flat > border, flat == border
     keep = (above | (equal & (equal.cumsum(0) <= wanted - above.sum()))) & (flat > 0)
-    keep = keep.view_as(acts)
-    threshold = torch.where(keep, acts.float(), torch.inf).amin()
-    full = keep[:, -1].sum() if limit < w.W_enc.shape[0] else keep.new_zeros((), dtype=torch.int64)
+    keep = keep.view_as(every)
+    threshold = torch.where(keep, every.float(), torch.inf).amin()
+    keep = keep[first : first + len(x)]
+    cut = limit < across.features(w.W_enc.shape[0])
+    full = keep[:, -1].sum() if cut else keep.new_zeros((), dtype=torch.int64)
     codes = Codes(acts.masked_fill(~keep, 0), ids, full)
     return _narrowed(codes, keep), threshold
 
 
 def _narrowed(codes: Codes, used: Tensor) -> Codes:
-    """Without the columns at the end that no token uses; on a GPU finding them would wait for the device."""
+    """Without the columns that no token uses, those at the end and, where other processes hold features, those in
+    between; on a GPU finding them would wait for the device."""
     if used.is_cuda:
         return codes
-    width = max(1, int(used.any(0).sum()))
-    return Codes(codes.acts[:, :width].contiguous(), codes.ids[:, :width].contiguous(), codes.overflow)
+    columns = used.any(0)
+    columns[0] |= ~columns.any()  # one must remain
+    return Codes(codes.acts[:, columns], codes.ids[:, columns], codes.overflow)
 
 
 # --- reconstruction --------------------------------------------------------------------------------------
 
 
 def _gradients(acts: Tensor, slopes: Tensor, ids: Tensor, g: Tensor, x: Tensor, d_sae: int) -> SparseGrads:
-    """sparse_grads, also for a transcoder whose input and output differ in width."""
+    """sparse_grads, also for a transcoder whose input and output differ in width, and for no features at all."""
+    if d_sae == 0:
+        none = g.new_zeros
+        return SparseGrads(none(0, g.shape[1]), none(0, x.shape[1], dtype=g.dtype), none(0), g.sum(0))
     if g.shape[1] == x.shape[1]:
         return sparse_grads(acts, slopes, ids, g, x, d_sae)
     W_dec, _ = sparse_outer(acts, ids, g, d_sae)
@@ -130,22 +130,26 @@ def _gradients(acts: Tensor, slopes: Tensor, ids: Tensor, g: Tensor, x: Tensor, 
     return SparseGrads(W_dec, W_enc, b_enc, g.sum(0))
 
 
-def reconstruction_loss(codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor) -> Loss:
+def reconstruction_loss(
+    codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor, across: Alone = ALONE
+) -> Loss:
     """scale * ||decode(codes) - target||^2, summed over the batch."""
     acts, ids, _ = codes
     d_sae = w.W_enc.shape[0]
-    out = decode_loss(acts, ids, w.W_dec, w.b_dec, target)
+    out = across.decode(acts, ids, w.W_dec, w.b_dec, target)
     act_grads = (out.act_grads * scale).masked_fill(~(acts > 0), 0)  # not a product: 0 * NaN
     grads = _gradients(acts, act_grads, ids, out.error * (2 * scale), x, d_sae)
     fvu = out.sq_err.sum() * scale
     return Loss(fvu, fvu, out.error, codes, grads, fired(acts, ids, d_sae))
 
 
-def multi_topk_loss(codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor, k: int) -> Loss:
+def multi_topk_loss(
+    codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor, k: int, across: Alone = ALONE
+) -> Loss:
     """The loss with the k first of the entries plus 1/8 of that with all (Gao et al. 2024, section 4.3)."""
     first = Codes(codes.acts[:, :k].contiguous(), codes.ids[:, :k].contiguous(), codes.overflow)
-    main = reconstruction_loss(first, w, x, target, scale)
-    wide = reconstruction_loss(codes, w, x, target, scale * MULTI_TOPK_WEIGHT)
+    main = reconstruction_loss(first, w, x, target, scale, across)
+    wide = reconstruction_loss(codes, w, x, target, scale * MULTI_TOPK_WEIGHT, across)
     for total, part in zip(main.grads, wide.grads, strict=True):
         total += part
     main.loss = main.loss + wide.loss
@@ -153,7 +157,9 @@ def multi_topk_loss(codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: 
     return main
 
 
-def nested_loss(codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor, sizes: tuple[int, ...]) -> Loss:
+def nested_loss(
+    codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tensor, sizes: tuple[int, ...], across: Alone = ALONE
+) -> Loss:
     """Mean over the sizes m of the loss of the reconstruction from the features 0..m-1 (Bussmann et al. 2025).
 
     Sizes ascend to F. The gradient of an entry is the sum over the dictionaries that hold it, so what belongs to the
@@ -161,7 +167,8 @@ def nested_loss(codes: Codes, w: Weights, x: Tensor, target: Tensor, scale: Tens
     """
     acts, ids, _ = codes
     d_sae = w.W_enc.shape[0]
-    outs = [decode_loss(acts.masked_fill(ids >= size, 0), ids, w.W_dec, w.b_dec, target) for size in sizes]
+    sizes = across.prefixes(sizes)
+    outs = [across.decode(acts.masked_fill(ids >= size, 0), ids, w.W_dec, w.b_dec, target) for size in sizes]
     part = scale / len(sizes)
     g = torch.zeros_like(outs[0].error)
     act_grads = torch.zeros_like(outs[0].act_grads)
@@ -209,7 +216,7 @@ def jumprelu_loss(
     penalty: Penalty,
     limit: int,
     precision: str,
-    total: Total = _alone,
+    across: Alone = ALONE,
 ) -> Loss:
     """scale * squared error + penalty(L0), with z H(z - t) for z = W_enc x + b_enc and t = exp(log_threshold).
 
@@ -221,21 +228,22 @@ def jumprelu_loss(
     half = bandwidth / 2
     threshold = log_threshold.exp()
     offset = threshold - half
-    lifted, ids = topk_encode(x, w.W_enc, w.b_enc - offset, limit, precision)
+    lifted, ids, every = across.encode(x, w.W_enc, w.b_enc - offset, limit, precision)
     lifted = lifted.float()
     d_sae = w.W_enc.shape[0]
-    overflow = (lifted[:, -1] > 0).sum() if limit < d_sae else lifted.new_zeros((), dtype=torch.int64)
+    cut = limit < across.features(d_sae)
+    overflow = (every[:, -1] > 0).sum() if cut else lifted.new_zeros((), dtype=torch.int64)
     codes = _narrowed(Codes(lifted, ids, overflow), lifted > 0)
     lifted, ids, _ = codes
     active = lifted > half
     near = (lifted > 0) & (lifted < bandwidth)
     at = threshold[ids.long()]
     acts = torch.where(active, lifted + (at - half), torch.where(lifted.isnan(), lifted, 0))
-    out = decode_loss(acts, ids, w.W_dec, w.b_dec, target)
+    out = across.decode(acts, ids, w.W_dec, w.b_dec, target)
     slopes = out.act_grads * scale
     grads = _gradients(acts, slopes.masked_fill(~active, 0), ids, out.error * (2 * scale), x, d_sae)
-    tokens = total(torch.full((), float(len(x)), device=x.device))
-    value, steepness = penalty(total(active.sum().float()) / tokens)
+    tokens = torch.full((), float(across.tokens(len(x))), device=x.device)
+    value, steepness = penalty(across.over_all(active.sum().float()) / tokens)
     per_token = steepness / tokens
     pull = (-(slopes * at + per_token) * at / bandwidth).masked_fill(~near, 0)  # at: the log's chain rule
     one = torch.ones(len(x), 1, device=x.device)
@@ -257,22 +265,24 @@ def aux_loss(
     k: int,
     weight: float,
     precision: str,
-    variance: Variance = total_variance,
+    across: Alone = ALONE,
+    dead_in_all: int | None = None,
 ) -> tuple[Tensor, SparseGrads, Tensor]:
     """weight * ||W_dec^T a - missed||^2 / variance(missed), missed = -error: the k largest of the dead features predict
     what the SAE left (AuxK, Gao et al. 2024, section 4.2; normalised as dictionary_learning).
 
-    dead [M] int64, M >= 1, ascending. The error is a constant here. Not a number counts as 0.
+    dead [M] int64, ascending, and dead_in_all, M on all processes, at least 1. The error is a constant here. Not a
+    number counts as 0.
 
     Returns the loss, the gradients of the rows `dead` of W_dec, W_enc and b_enc (b_dec takes no part), and [M] bool,
     which of them have one.
     """
     W_dec = w.W_dec[dead]
-    k = min(k, len(dead))
-    acts, ids = topk_encode(x, w.W_enc[dead], w.b_enc[dead], k, precision)
+    k = min(k, len(dead) if dead_in_all is None else dead_in_all)
+    acts, ids, _ = across.encode(x, w.W_enc[dead], w.b_enc[dead], k, precision)
     missed = -error
-    out = decode_loss(acts, ids, W_dec, None, missed)
-    scale = (weight / variance(missed).float()).nan_to_num(nan=0.0, posinf=0.0)
+    out = across.decode(acts, ids, W_dec, None, missed)
+    scale = (weight / across.variance(missed).float()).nan_to_num(nan=0.0, posinf=0.0)
     slopes = (out.act_grads * scale).masked_fill(~(acts > 0), 0)
     grads = _gradients(acts, slopes, ids, out.error * (2 * scale), x, len(dead))
     loss = (out.sq_err.sum() * scale).nan_to_num(nan=0.0)

@@ -2,23 +2,22 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qscope.checkpoints import SAECard
+from qscope.distributed import Group
 from qscope.errors import InputError
 from qscope.ops import row_adam_, sparse_dot
 from qscope.ops._common import FLOATS, MAX_CUDA_K
 from qscope.reference import rows_per_block
-from qscope.reference.decode_loss import total_variance
 from qscope.sae import SAE
 from qscope.training import initial, losses
 from qscope.training.losses import Loss, Penalty, Weights
+from qscope.training.parallel import ALONE, Alone, State, Together
+from qscope.training.parameter import Parameter
 from qscope.training.recipe import Recipe
-
-State = dict[str, Tensor | int | float]
 
 
 @dataclass
@@ -54,38 +53,6 @@ class StepStats:
         return values | dict(zip(names, numbers, strict=True))
 
 
-class _Parameter:
-    """A parameter as row_adam_ updates it. Rows that no batch touches stand still, and their weights are current at
-    every moment: only their moments are decayed late, by the elapsed steps that `last_step` tells. So there is nothing
-    to flush before weights are read or saved."""
-
-    def __init__(self, W: Tensor, shadow: bool, ema: bool) -> None:
-        self.W = W.contiguous().clone()
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(W), torch.zeros_like(W)
-        self.last_step = torch.zeros(len(W), dtype=torch.int32, device=W.device)
-        self.shadow = self.W.bfloat16() if shadow else None
-        self.ema = self.W.clone() if ema else None
-
-    @property
-    def used(self) -> Tensor:
-        """What the forward pass reads."""
-        return self.W if self.shadow is None else self.shadow
-
-    @property
-    def best(self) -> Tensor:
-        """What is exported."""
-        return self.W if self.ema is None else self.ema
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the future depends on; the shadow is W rounded."""
-        kept = {"W": self.W, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "last_step": self.last_step}
-        return kept if self.ema is None else kept | {"ema": self.ema}
-
-    def refresh(self) -> None:
-        if self.shadow is not None:
-            self.shadow.copy_(self.W)
-
-
 class SAETrainer:
     """Trains one SAE (or transcoder) as its recipe says, a batch of activations at a time.
 
@@ -105,7 +72,9 @@ class SAETrainer:
         device: where the weights live; batches must be there.
         total_steps: length of the run, for the learning rate.
         batch_tokens: tokens per step, all processes together.
-        group: reserved for many processes; None.
+        group: the processes that train it together (`qscope.distributed.init`): along dp each is given its slice of the
+            batch, along tp each holds its part of the features. Every method is then to be called by all of them,
+            `initialise` with the sample of the first one counting for all.
     """
 
     def __init__(
@@ -117,7 +86,7 @@ class SAETrainer:
         device: torch.device | str = "cpu",
         total_steps: int,
         batch_tokens: int,
-        group: Any = None,
+        group: Group | None = None,
     ) -> None:
         self.recipe, self.d_in, self.d_out = recipe, d_in, d_in if d_out is None else d_out
         self.device, self.group = torch.device(device), group
@@ -125,6 +94,7 @@ class SAETrainer:
         if total_steps < 1 or batch_tokens < 2 or self.d_in < 1 or self.d_out < 1:
             given = f"total_steps={total_steps}, batch_tokens={batch_tokens}, d_in={d_in}, d_out={d_out}"
             raise InputError(f"{given}; at least 1 step of 2 tokens and widths of at least 1 are needed.")
+        self.across: Alone = ALONE if group is None else Together(group, recipe.d_sae)
         if recipe.warmup(total_steps) >= total_steps > 1:
             raise InputError(
                 f"warmup_steps={recipe.warmup_steps} leaves nothing of total_steps={total_steps}; make it smaller, "
@@ -137,7 +107,7 @@ class SAETrainer:
             )
         self.precision = recipe.precision or ("bf16" if self.device.type == "cuda" else "exact")
         self.step_number, self.tokens = 0, 0
-        self.parameters: dict[str, _Parameter] = {}
+        self.parameters: dict[str, Parameter] = {}
 
     # --- start -------------------------------------------------------------------------------------------
 
@@ -155,6 +125,7 @@ class SAETrainer:
         if target is None and self.d_out != self.d_in:
             raise InputError(f"d_out={self.d_out} differs from d_in={self.d_in}, but the sample has no target.")
         self.transcoder = target is not None
+        x, y = self.across.same(x), self.across.same(y)
         self.in_centre, self.in_scale, unit = self._measured(x)
         self.out_centre, self.out_scale = self.in_centre.clone(), self.in_scale.clone()
         if self.transcoder:
@@ -171,7 +142,9 @@ class SAETrainer:
         if recipe.objective == "jumprelu":
             start = initial.jumprelu_threshold(x[:4096], W_enc, first["b_enc"][:, 0], recipe.k, recipe.width)
             first["log_threshold"] = torch.full((recipe.d_sae, 1), math.log(start), device=self.device)
-        self._allocate(first)
+        rows = self.across.rows(recipe.d_sae)
+        first = {name: self.across.same(W) for name, W in first.items()}
+        self._allocate({name: W if name == "b_dec" else W[rows] for name, W in first.items()})
 
     def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """Centre [D] and scale [], float32 numbers kept as float64, and the mean norm that results."""
@@ -185,11 +158,11 @@ class SAETrainer:
     def _allocate(self, first: dict[str, Tensor]) -> None:
         copies = self.precision == "bf16"
         self.parameters = {
-            name: _Parameter(W, copies and name in ("W_enc", "W_dec"), self.recipe.ema is not None)
+            name: Parameter(W, copies and name in ("W_enc", "W_dec"), self.recipe.ema is not None)
             for name, W in first.items()
         }
-        self.silent = torch.zeros(self.recipe.d_sae, dtype=torch.int64, device=self.device)
-        self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.silent = torch.zeros(len(first["W_enc"]), dtype=torch.int64, device=self.device)
+        self.dead, self.dead_in_all = torch.zeros(0, dtype=torch.int64, device=self.device), 0
         self.threshold = torch.full((), torch.nan, device=self.device)
 
     # --- one step ----------------------------------------------------------------------------------------
@@ -201,72 +174,76 @@ class SAETrainer:
         Raises InputError for a batch that does not fit, before the run is initialised or after its last step.
         """
         self._check_step(x, target)
-        recipe = self.recipe
+        recipe, across = self.recipe, self.across
         self.step_number += 1
-        self.tokens += self._count_tokens(len(x))
+        tokens = across.tokens(len(x))
+        self.tokens += tokens
         lr = recipe.lr_at(self.step_number, self.total_steps)
         inputs = self._inputs(x)
         y = inputs if target is None else self._targets(target)
         if self.precision == "bf16":
             inputs = inputs.bfloat16()
         loss = self._objective(inputs, y, self._weights())
-        self._count_silent(loss, len(x))
+        self._count_silent(loss, tokens)
         aux = self._add_aux(loss, inputs)
-        self._sum_gradients(loss)
+        across.sum_gradients(loss.grads, loss.log_threshold)
+        loss.touched = across.any_token(loss.touched)
         norm = self._gradient_norm(loss)
-        minimised = self._total(loss.loss) + loss.penalty + aux
+        minimised = across.over_tokens(loss.loss) + loss.penalty + aux
         self._update(loss, lr, norm, minimised.isfinite() & norm.isfinite())
+        across.check(self.step_number, x, *self._comparable())
         stale = self.parameters["W_dec"].last_step != self.step_number
         return StepStats(
             step=self.step_number,
             tokens=self.tokens,
             lr=lr,
             loss=minimised,
-            fvu=self._total(loss.fvu),
-            l0=self._total((loss.codes.acts > 0).sum()) / self._count_tokens(len(x)),
+            fvu=across.over_tokens(loss.fvu),
+            l0=across.over_all((loss.codes.acts > 0).sum()) / tokens,
             aux=aux,
-            dead_share=(self.silent >= recipe.dead_after_tokens).float().mean(),
+            dead_share=across.over_features((self.silent >= recipe.dead_after_tokens).sum()) / recipe.d_sae,
             grad_norm=norm,
-            overflow=self._total(loss.codes.overflow),
-            skipped=(loss.touched & stale).sum(),
+            overflow=across.over_tokens(loss.codes.overflow),
+            skipped=across.over_features((loss.touched & stale).sum()),
         )
 
     def _objective(self, x: Tensor, y: Tensor, w: Weights) -> Loss:
-        recipe = self.recipe
-        scale = 1 / self._variance(y).float()
+        recipe, across = self.recipe, self.across
+        scale = 1 / across.variance(y).float()
         if recipe.objective == "jumprelu":
             target = recipe.k if recipe.l0_penalty == "target" else None
             return losses.jumprelu_loss(
                 x, w, self.parameters["log_threshold"].W[:, 0], y, scale, bandwidth=float(self.bandwidth),
                 penalty=Penalty(recipe.l0_weight, target), limit=recipe.width, precision=self.precision,
-                total=self._total,
+                across=across,
             )  # fmt: skip
         if recipe.objective == "batch_topk":
-            codes, smallest = losses.select_batch_topk(x, w, recipe.k, recipe.width, self.precision)
+            codes, smallest = losses.select_batch_topk(x, w, recipe.k, recipe.width, self.precision, across)
             self._track_threshold(smallest)
         else:
-            codes = losses.select_topk(x, w, recipe.width, self.precision)
+            codes = losses.select_topk(x, w, recipe.width, self.precision, across)
         if recipe.multi_topk:
-            return losses.multi_topk_loss(codes, w, x, y, scale, recipe.k)
+            return losses.multi_topk_loss(codes, w, x, y, scale, recipe.k, across)
         if len(recipe.nested) > 1:
-            return losses.nested_loss(codes, w, x, y, scale, recipe.nested)
-        return losses.reconstruction_loss(codes, w, x, y, scale)
+            return losses.nested_loss(codes, w, x, y, scale, recipe.nested, across)
+        return losses.reconstruction_loss(codes, w, x, y, scale, across)
 
     def _add_aux(self, loss: Loss, x: Tensor) -> Tensor:
         """The AuxK loss; its gradients are added to those of the dead rows."""
         recipe = self.recipe
         self._list_dead()
-        if recipe.aux_weight == 0 or len(self.dead) == 0:
+        if recipe.aux_weight == 0 or self.dead_in_all == 0:
             return torch.zeros((), device=self.device)
         k = recipe.auxiliary_k(self.d_out)
         value, grads, reached = losses.aux_loss(
-            x, self._weights(), self.dead, loss.error, k, recipe.aux_weight, self.precision, self._variance
-        )
+            x, self._weights(), self.dead, loss.error, k, recipe.aux_weight, self.precision, self.across,
+            self.dead_in_all,
+        )  # fmt: skip
         for name in ("W_enc", "W_dec", "b_enc"):  # the ids are distinct, so these sums have one order
             total = getattr(loss.grads, name)
             total.index_copy_(0, self.dead, total[self.dead] + getattr(grads, name))
         loss.touched.index_copy_(0, self.dead, loss.touched[self.dead] | reached)
-        return self._total(value)
+        return self.across.over_tokens(value)
 
     def _gradient_norm(self, loss: Loss) -> Tensor:
         """Of all gradients, without the part parallel to decoder rows, which the update removes."""
@@ -276,7 +253,10 @@ class SAETrainer:
         rows = torch.linalg.vector_norm(g.W_dec, dim=1).square() - along.square()
         squares = [rows.clamp_min(0).sum(), torch.linalg.vector_norm(g.W_enc, dim=1).square().sum()]
         squares += [t.square().sum() for t in (g.b_enc, g.b_dec, loss.log_threshold) if t is not None]
-        return torch.stack(squares).sum().sqrt()
+        stacked = torch.stack(squares)
+        together = self.across.over_features(stacked)
+        together[3] = stacked[3]  # b_dec is held alike, not in parts
+        return together.sum().sqrt()
 
     def _update(self, loss: Loss, lr: float, norm: Tensor, usable: Tensor) -> None:
         recipe, grads = self.recipe, loss.grads
@@ -297,33 +277,19 @@ class SAETrainer:
             if p.ema is not None and recipe.ema is not None:
                 p.ema.lerp_(p.W, 1 - recipe.ema)
 
-    # --- statistics over the batch: what many processes have to agree on ---------------------------------
+    # --- statistics over the batch -----------------------------------------------------------------------
 
-    def _total(self, value: Tensor) -> Tensor:
-        """Sum over processes."""
-        return value
-
-    def _count_tokens(self, here: int) -> int:
-        """Tokens of the batch on all processes."""
-        return here
-
-    def _variance(self, y: Tensor) -> Tensor:
-        """sum_n ||y[n] - mean||^2 of the batch [N, D] on all processes, float64."""
-        return total_variance(y)
-
-    def _sum_gradients(self, loss: Loss) -> None:
-        """Gradients and `touched` of all processes."""
-
-    def _count_silent(self, loss: Loss, here: int) -> None:
+    def _count_silent(self, loss: Loss, tokens: int) -> None:
         """Tokens since each feature fired last."""
-        fired = losses.fired(loss.codes.acts, loss.codes.ids, self.recipe.d_sae)
-        self.silent = torch.where(fired, 0, self.silent + self._count_tokens(here))
+        fired = self.across.any_token(losses.fired(loss.codes.acts, loss.codes.ids, len(self.silent)))
+        self.silent = torch.where(fired, 0, self.silent + tokens)
 
     def _list_dead(self) -> None:
         """Look every few steps which features are dead, and not before one can be: it waits for the device."""
         recipe = self.recipe
         if self.tokens >= recipe.dead_after_tokens and self.step_number % recipe.dead_every == 0:
             self.dead = (self.silent >= recipe.dead_after_tokens).nonzero()[:, 0]
+            self.dead_in_all = self.across.count(len(self.dead))
 
     def _track_threshold(self, smallest: Tensor) -> None:
         """Running mean of the smallest active value of a batch: BatchTopK's threshold at inference."""
@@ -339,7 +305,7 @@ class SAETrainer:
         b_dec [D_out], and where the objective has one, threshold: [F] for jumprelu (acts = pre where pre > threshold),
         [] for batch_topk (the same, for all features). With `ema` the running means, decoder rows back at norm 1."""
         self._check_ready("export")
-        best = {name: p.best for name, p in self.parameters.items()}
+        best = {name: p.best if name == "b_dec" else self.across.whole(p.best) for name, p in self.parameters.items()}
         ratio = float(self.in_scale / self.out_scale)
         W_enc = best["W_enc"].clone() if ratio == 1.0 else best["W_enc"] * ratio
         W_dec = best["W_dec"].clone()
@@ -383,7 +349,8 @@ class SAETrainer:
 
     def state_dict(self) -> State:
         """Everything that later steps depend on: tensors and plain numbers by name. The tensors are the live ones, so
-        write or clone them before the next step."""
+        write or clone them before the next step. Of a group, the leading process (`Group.leads`) gets all features
+        and the others an empty dict; any number of processes can load it, one too."""
         self._check_ready("state_dict")
         state: State = {
             "step": self.step_number,
@@ -393,8 +360,15 @@ class SAETrainer:
             "transcoder": int(self.transcoder),
         }
         for name, p in self.parameters.items():
-            state |= {f"{name}.{part}": tensor for part, tensor in p.tensors().items()}
-        return state | {name: getattr(self, name) for name in self._loose()}
+            collected = p.tensors() if name == "b_dec" else self._collected(p.tensors())
+            state |= {f"{name}.{part}": tensor for part, tensor in collected.items()}
+        state |= {name: getattr(self, name) for name in self._loose()}
+        state |= self._collected({"silent": self.silent})
+        state["dead"] = self.across.whole_list(self.dead)
+        return state if self.across.leads else {}
+
+    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.across.collect(tensor) for name, tensor in tensors.items()}
 
     @staticmethod
     def _loose() -> tuple[str, ...]:
@@ -415,14 +389,18 @@ class SAETrainer:
         if recipe.objective == "jumprelu":
             sizes["log_threshold"] = (F, 1)
         self._check_state(state, sizes)
-        self._allocate({name: torch.zeros(size, device=self.device) for name, size in sizes.items()})
+        rows = self.across.rows(F)
+        here = {name: size if name == "b_dec" else (rows.stop - rows.start, *size[1:]) for name, size in sizes.items()}
+        self._allocate({name: torch.zeros(size, device=self.device) for name, size in here.items()})
         for name, p in self.parameters.items():
             for part, tensor in p.tensors().items():
-                tensor.copy_(_tensor(state, f"{name}.{part}"))
+                tensor.copy_(_tensor(state, f"{name}.{part}")[slice(None) if name == "b_dec" else rows])
             p.refresh()
         for name in self._loose():
             place = "cpu" if name in ("in_scale", "out_scale", "bandwidth") else self.device
             setattr(self, name, _tensor(state, name).to(place, copy=True))
+        self.silent, self.dead_in_all = self.silent[rows].clone(), len(self.dead)
+        self.dead = self.across.own_list(self.dead)
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
         self.transcoder = bool(state["transcoder"])
 
@@ -455,6 +433,13 @@ class SAETrainer:
     def _targets(self, y: Tensor) -> Tensor:
         return (y.float() - self.out_centre.float()) * float(self.out_scale)
 
+    def _comparable(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What all processes of a group hold alike, and what those with other tokens do."""
+        p = {f"{name}.{part}": tensor for name, p in self.parameters.items() for part, tensor in p.tensors().items()}
+        alike = {name: p.pop(name) for name in list(p) if name.startswith("b_dec")}
+        alike |= {name: getattr(self, name) for name in ("threshold", "in_centre", "out_centre")}
+        return alike, p | {"silent": self.silent}
+
     def _check_ready(self, what: str) -> None:
         if not self.parameters:
             raise InputError(f"{what}: the trainer has no weights yet; call initialise or load_state_dict first.")
@@ -467,6 +452,7 @@ class SAETrainer:
             raise InputError(f"the batch {given} target, but the sample that the trainer was initialised with differs.")
         if target is not None and len(self._checked(target, self.d_out, "the target")) != len(x):
             raise InputError(f"the batch has {len(x)} tokens, its target {len(target)}.")
+        self.across.check_batch(x, self.batch_tokens)
         if self.step_number >= self.total_steps:
             raise InputError(f"the run of total_steps={self.total_steps} is over; its learning rate has reached 0.")
 
