@@ -105,6 +105,9 @@ class ModelActivations:
         self, model: Any, windows: PackedWindows, points: Sequence[Point], norm_multiple: float | None = NORM_MULTIPLE
     ) -> None:
         self.model, self.windows = model, windows
+        self.windows_at_once: int | None = None
+        """Most windows that the model is given in one piece; None: a batch of them. No setting: rows and their order
+        are those of whole batches."""
         self.points = parse_points(points, num_layers(model))
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -183,6 +186,12 @@ class ModelActivations:
 
     def _forward(self, ids: Tensor) -> dict[Point, Tensor]:
         """Activations of every point: [B, S, D]."""
+        parts = [self._forward_piece(part) for part in ids.split(self.windows_at_once or len(ids))]
+        if len(parts) == 1:
+            return parts[0]
+        return {point: torch.cat([part[point] for part in parts]) for point in self.points}
+
+    def _forward_piece(self, ids: Tensor) -> dict[Point, Tensor]:
         blocks = decoder_layers(self.model)
         layers = {layer for layer, _ in self.points.values()}
         found: dict[Point, Tensor] = {}

@@ -162,6 +162,7 @@ class SAETrainer:
             for name, W in first.items()
         }
         self.silent = torch.zeros(len(first["W_enc"]), dtype=torch.int64, device=self.device)
+        self.moved = torch.full_like(self.silent, -(1 << 40))  # the step of each feature's last gradient
         self.dead, self.dead_in_all = torch.zeros(0, dtype=torch.int64, device=self.device), 0
         self.threshold = torch.full((), torch.nan, device=self.device)
 
@@ -264,13 +265,15 @@ class SAETrainer:
         limit = torch.inf if recipe.grad_clip is None else recipe.grad_clip
         factor = torch.where(usable, (limit / (norm + 1e-6)).clamp(max=1.0), torch.nan)
         every = torch.ones(1, dtype=torch.bool, device=self.device)
+        self.moved = torch.where(loss.touched, self.step_number, self.moved)
+        moving = self.step_number - self.moved <= recipe.momentum_steps
         given = {"W_dec": grads.W_dec, "W_enc": grads.W_enc, "b_enc": grads.b_enc[:, None], "b_dec": grads.b_dec[None]}
         if loss.log_threshold is not None:
             given["log_threshold"] = loss.log_threshold[:, None]
         for name, grad in given.items():
             p = self.parameters[name]
             row_adam_(
-                p.W, grad, p.exp_avg, p.exp_avg_sq, p.last_step, every if name == "b_dec" else loss.touched,
+                p.W, grad, p.exp_avg, p.exp_avg_sq, p.last_step, every if name == "b_dec" else moving,
                 self.step_number, lr, beta1=recipe.betas[0], beta2=recipe.betas[1], eps=recipe.eps,
                 grad_scale=factor, unit_rows=name == "W_dec", shadow=p.shadow,
             )  # fmt: skip
@@ -363,7 +366,7 @@ class SAETrainer:
             collected = p.tensors() if name == "b_dec" else self._collected(p.tensors())
             state |= {f"{name}.{part}": tensor for part, tensor in collected.items()}
         state |= {name: getattr(self, name) for name in self._loose()}
-        state |= self._collected({"silent": self.silent})
+        state |= self._collected({"silent": self.silent, "moved": self.moved})
         state["dead"] = self.across.whole_list(self.dead)
         return state if self.across.leads else {}
 
@@ -372,7 +375,7 @@ class SAETrainer:
 
     @staticmethod
     def _loose() -> tuple[str, ...]:
-        return ("silent", "dead", "threshold", "in_centre", "in_scale", "out_centre", "out_scale", "bandwidth")
+        return ("silent", "moved", "dead", "threshold", "in_centre", "in_scale", "out_centre", "out_scale", "bandwidth")
 
     def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict` of a trainer of the same recipe, sizes and length; copies the tensors.
@@ -399,7 +402,8 @@ class SAETrainer:
         for name in self._loose():
             place = "cpu" if name in ("in_scale", "out_scale", "bandwidth") else self.device
             setattr(self, name, _tensor(state, name).to(place, copy=True))
-        self.silent, self.dead_in_all = self.silent[rows].clone(), len(self.dead)
+        self.silent, self.moved = self.silent[rows].clone(), self.moved[rows].clone()
+        self.dead_in_all = len(self.dead)
         self.dead = self.across.own_list(self.dead)
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
         self.transcoder = bool(state["transcoder"])
@@ -438,7 +442,7 @@ class SAETrainer:
         p = {f"{name}.{part}": tensor for name, p in self.parameters.items() for part, tensor in p.tensors().items()}
         alike = {name: p.pop(name) for name in list(p) if name.startswith("b_dec")}
         alike |= {name: getattr(self, name) for name in ("threshold", "in_centre", "out_centre")}
-        return alike, p | {"silent": self.silent}
+        return alike, p | {"silent": self.silent, "moved": self.moved}
 
     def _check_ready(self, what: str) -> None:
         if not self.parameters:

@@ -461,3 +461,18 @@ def test_a_state_of_another_run_is_refused_and_nothing_changes():
         trainer(Recipe(**SMALL | {"d_sae": 65}), 9).load_state_dict(state)
     with pytest.raises(InputError, match=r"missing .*W_dec\.ema"):
         trainer(Recipe(**SMALL, ema=0.9), 9).load_state_dict(state)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_rows_move_on_by_their_momentum(steps):
+    """A row without gradient moves for momentum_steps more steps, as Adam on dense gradients has it, then stands."""
+    x = Planted().batch()
+    t = trainer(Recipe(**SMALL, momentum_steps=steps, aux_weight=0.0, warmup_steps=0), 10, x)
+    t.step(x)
+    row, seen = int((t.moved == 1).nonzero()[0, 0]), []
+    for _ in range(steps + 2):
+        t.parameters["b_enc"].W[row] = -1e3  # it must not fire
+        before = t.parameters["W_enc"].W[row].clone()
+        t.step(x)
+        seen.append(not torch.equal(before, t.parameters["W_enc"].W[row]))
+    assert seen == [True] * steps + [False] * 2
