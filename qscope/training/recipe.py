@@ -64,7 +64,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of Adam (both sources)."""
     momentum_steps: int = 5
-    """Steps that a feature's rows go on moving by their momentum after their last gradient. Dense Adam never stops: rare
+    """Steps that a feature's rows go on moving by momentum after their last gradient. Dense Adam never stops: rare
     features then learn faster, but more fall silent at high rates. 0 is lazy Adam, which has neither. Measured
     (bench/bench_train.py's data): 5 recovers a planted dictionary as well as 20, which left 3 times as many features
     of real residuals silent."""
