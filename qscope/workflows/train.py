@@ -1,16 +1,20 @@
 """A language model and text, or stored activations, to trained SAEs: any layers and sweeps at once, resumable."""
 
+import os
 import re
-from contextlib import closing
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qscope.errors import InputError
 from qscope.files import claim_folder
 from qscope.training.filters import NORM_MULTIPLE
 from qscope.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qscope.distributed import Group
 
 MANIFEST = "train.json"
 DEAD_AFTER = 10_000_000
@@ -76,7 +80,8 @@ class TrainConfig:
     context_size: int = 512
     """Tokens that the model sees at once; documents are packed into windows of this size."""
     model_tokens: int | None = None
-    """Tokens per forward pass of the model. Default: 1024 on a CPU, 8192 on a GPU."""
+    """Tokens per forward pass of the model, all processes together. Default: 1024 per process on a CPU, 8192 on a
+    GPU; of a run that goes on, as it began."""
     bos: bool = False
     """Put the tokenizer's BOS token before every window; it counts as the window's first token."""
     separator: bool = True
@@ -118,6 +123,8 @@ class TrainConfig:
     """Share of the steps, the last ones, in which the rate falls to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of Adam."""
+    momentum_steps: int = 5
+    """Steps that a feature's rows go on moving by momentum after their last gradient; 0 is lazy Adam."""
     eps: float = 6.25e-10
     """Of Adam."""
     grad_clip: float | None = 1.0
@@ -142,7 +149,16 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 and so on, or auto."""
+    """cpu, cuda, cuda:1 and so on, or auto. Of many processes: cpu, or cuda, of which each takes its own."""
+    spread: int = 1
+    """Of many processes (torchrun --nproc-per-node N -m qscope train ...): parts that share the SAEs among them.
+    N = spread x dp x tp; all three may change when a run goes on."""
+    dp: int = 1
+    """Processes that share every batch of an SAE."""
+    tp: int = 1
+    """Processes that share the features of an SAE."""
+    timeout: float = 600.0
+    """Seconds after which a process that does not answer is given up; writing a checkpoint must take less."""
     checkpoint_seconds: float = 900.0
     """Seconds between two checkpoints: a killed run loses at most as much."""
     checkpoint_steps: int | None = None
@@ -210,6 +226,7 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         least = {"tokens": 2, "batch_tokens": 2, "context_size": 2, "buffer_tokens": 4, "model_tokens": 1}
         least |= {"checkpoint_steps": 1, "keep_last": 1, "log_every": 1, "divergence_steps": 1, "data_seed": 0}
+        least |= {"spread": 1, "dp": 1, "tp": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -219,6 +236,13 @@ class TrainConfig:
                 f"--tokens {self.tokens} is less than one batch of {self.batch_tokens}. Give more tokens, or a smaller "
                 "--batch-tokens."
             )
+        if self.batch_tokens % self.dp or self.batch_tokens < 2 * self.dp:
+            raise InputError(
+                f"--batch-tokens {self.batch_tokens} cannot be dealt to --dp {self.dp} processes. Give a multiple of "
+                f"{self.dp}, at least {2 * self.dp}."
+            )
+        if not self.timeout > 0:
+            raise InputError(f"--timeout is {self.timeout}; more than 0 seconds are accepted.")
         if not self.divergence_factor > 1 or not self.checkpoint_seconds > 0:
             raise InputError(
                 f"--divergence-factor is {self.divergence_factor} and --checkpoint-seconds {self.checkpoint_seconds}; "
@@ -228,6 +252,10 @@ class TrainConfig:
     @property
     def total_steps(self) -> int:
         return self.tokens // self.batch_tokens
+
+    @property
+    def processes(self) -> int:
+        return self.spread * self.dp * self.tp
 
     @property
     def steps_per_line(self) -> int:
@@ -303,16 +331,40 @@ class TrainResult:
 
 def run(config: TrainConfig) -> TrainResult:
     """Train as `config` says. Raises QscopeError for everything that a user can mend, KeyboardInterrupt after a
-    checkpoint when SIGINT or SIGTERM asked to stop."""
+    checkpoint when SIGINT or SIGTERM asked to stop, GroupError when another process of this run is lost. Of many
+    processes only the first one returns; the others exit with status 0 when everything is written."""
     from qscope.training import checkpoint
-    from qscope.workflows.train_job import Job
+    from qscope.workflows.train_job import Job, read_manifest
     from qscope.workflows.train_supply import open_supply
 
-    with checkpoint.locked(config.out):
-        claim_folder(config.out, MANIFEST, re.compile(r"\.tmp-.*"), "training run")
-        job = Job(config, open_supply(config))
-        with closing(job.log):
-            job.resume()
-            if not config.finish:
-                job.train()
-            return job.finish()
+    with ExitStack() as stack:
+        group = stack.enter_context(_processes(config))
+        first = group is None or group.first
+        manifest: dict[str, Any] = {}
+        if first:
+            stack.enter_context(checkpoint.locked(config.out))
+            claim_folder(config.out, MANIFEST, re.compile(r"\.tmp-.*"), "training run")
+            manifest = read_manifest(config.out)
+        if group is not None:
+            config = replace(config, device=str(group.device))
+            manifest = group.world.objects(manifest)[0]
+        job = Job(config, open_supply(config, manifest, group), manifest, group)
+        stack.enter_context(closing(job.log))
+        job.resume()
+        if not config.finish:
+            job.train()
+        result = job.finish()
+    if not first:
+        raise SystemExit(0)  # the first one prints and writes the page
+    return result
+
+
+def _processes(config: TrainConfig) -> "AbstractContextManager[Group | None]":
+    """The processes that torchrun started, None for one alone."""
+    if config.processes == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        return nullcontext()
+    from qscope import distributed
+    from qscope.workflows.train_supply import chosen_device
+
+    sizes = {"spread": config.spread, "dp": config.dp, "tp": config.tp}
+    return distributed.init(chosen_device(config.device), **sizes, timeout=config.timeout)

@@ -11,14 +11,16 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from qscope.distributed import Group
 from qscope.errors import CheckpointError, InputError, ModelError, StorageError
 from qscope.files import differences, write_file
-from qscope.training import Recipe, SAETrainer, checkpoint
+from qscope.training import Recipe, SAETrainer, checkpoint, parallel
 from qscope.training.buffer import Point
 from qscope.workflows.encode import Clock
 from qscope.workflows.train import MANIFEST, TrainConfig, TrainResult
@@ -33,7 +35,7 @@ SAMPLE = 8192
 _CHANGEABLE = {
     "text", "dataset", "dataset_config", "activations", "out", "finish", "model", "layers", "transcoder_in",
     "transcoder_out", "device", "checkpoint_seconds", "checkpoint_steps", "keep_last", "keep_best", "log_every",
-    "divergence_factor", "divergence_steps", "tensorboard", "wandb",
+    "divergence_factor", "divergence_steps", "tensorboard", "wandb", "spread", "dp", "tp", "timeout",
 }  # fmt: skip
 # Options that the stream's settings hold.
 _OF_STREAM = {
@@ -42,8 +44,14 @@ _OF_STREAM = {
 }  # fmt: skip
 
 
+AGREE_EVERY = {"cpu": 1, "cuda": 8}
+"""Steps between two questions of a group whether a signal came to one of them: the answer waits for the device."""
+
+T = TypeVar("T")
+
+
 @dataclasses.dataclass
-class Unit:
+class Plan:
     """One SAE or transcoder of a run."""
 
     name: str
@@ -51,17 +59,37 @@ class Unit:
     point: Point
     target: Point | None
     recipe: Recipe
+
+
+@dataclasses.dataclass
+class Unit(Plan):
+    """One that this process trains, alone or with others."""
+
     trainer: SAETrainer
     window: Window
 
 
 class Job:
-    """One run over one folder, which must be locked."""
+    """One run over one folder, which must be locked (by the first process of a group).
 
-    def __init__(self, config: TrainConfig, supply: Supply) -> None:
-        self.config, self.supply = config, supply
-        self.units = list(_units(config, supply))
-        self.log = Log(config.out, config.tensorboard, config.wandb)
+    Of a group all processes do the same in the same order. The stream is the same on all of them. What others know of
+    their SAEs goes round at a line of the log and at a checkpoint; the first one writes all files but the SAEs, which
+    the leading process of each one does.
+    """
+
+    def __init__(
+        self, config: TrainConfig, supply: Supply, manifest: dict[str, Any], group: Group | None = None
+    ) -> None:
+        self.config, self.supply, self.manifest, self.group = config, supply, manifest, group
+        self.first = group is None or group.first
+        self.plans = list(_plans(config, supply))
+        if len(self.plans) < config.spread:
+            raise InputError(
+                f"--spread {config.spread} was given, and this run trains {len(self.plans)} SAEs. Give at most that "
+                "many; --dp and --tp put several processes to work on one SAE."
+            )
+        self.units = [self._unit(plan) for i, plan in enumerate(self.plans) if group is None or group.owns(i)]
+        self.log = Log(config.out, config.tensorboard and self.first, config.wandb if self.first else None)
         self.clock = Clock()
         self.step = self.resumed_step = self._saved_step = self._line_steps = 0
         self.elapsed = 0.0
@@ -71,12 +99,25 @@ class Job:
         self._pending: list[dict[Point, Tensor]] = []
         self._counts: dict[str, Any] = {}
 
+    def _unit(self, plan: Plan) -> Unit:
+        config, supply = self.config, self.supply
+        trainer = SAETrainer(
+            plan.recipe, supply.width(plan.point), d_out=None if plan.target is None else supply.width(plan.target),
+            device=supply.device, total_steps=config.total_steps, batch_tokens=config.batch_tokens, group=self.group,
+        )  # fmt: skip
+        return Unit(**vars(plan), trainer=trainer, window=Window(supply.device, config.divergence_factor))
+
+    def _of_all(self, own: dict[str, T]) -> dict[str, T]:
+        """What every process has for its SAEs, in the order of the plans."""
+        parts = [own] if self.group is None else self.group.spread.objects(own)
+        return {plan.name: next(part[plan.name] for part in parts if plan.name in part) for plan in self.plans}
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on, by the names of the options."""
         options = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _CHANGEABLE | _OF_STREAM}
-        units = [unit.name for unit in self.units]
-        found = {**options, "d_sae": sorted({u.recipe.d_sae for u in self.units}), "saes": units}
+        names = [plan.name for plan in self.plans]
+        found = {**options, "d_sae": sorted({plan.recipe.d_sae for plan in self.plans}), "saes": names}
         plain: dict[str, Any] = json.loads(json.dumps({**found, "activations": self.supply.settings}))
         return plain
 
@@ -85,39 +126,31 @@ class Job:
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or begins. Raises CheckpointError for a folder of another run."""
         out, position = self.config.out, 0
-        manifest = self._read_manifest()
-        found = checkpoint.resume(out, self.identity)
+        found = checkpoint.resume(out, self.identity) if self.first else None
+        if self.group is not None:
+            path = self.group.world.objects(None if found is None else str(found.path))[0]
+            if path is not None and found is None:
+                found = checkpoint.load(path, self.identity)
         if found is not None:
             self._restore(found)
             position = found.log_position
-            if not self.config.finish:
+            if self.first and not self.config.finish:
                 print(f"qscope: going on from step {self.step:,} of {self.config.total_steps:,}", file=sys.stderr)
         elif self.config.finish:
             raise InputError(
                 f"--finish was given, and {out} has no checkpoint. Train first: the same command without --finish."
             )
-        else:
-            self._refuse_other_result(manifest)
-            manifest = {"format": "qscope-train", "version": 1, "run": uuid.uuid4().hex, "config": self.identity}
-            text = json.dumps(manifest, indent=1).encode() + b"\n"
+        elif self.first:
+            self._refuse_other_result()
+            self.manifest = {"format": "qscope-train", "version": 1, "run": uuid.uuid4().hex, "config": self.identity}
+            text = json.dumps(self.manifest, indent=1).encode() + b"\n"
             write_file(out / MANIFEST, [text], len(text))
-        self.log.open(position, self.step, manifest["run"], manifest["config"])
+        if self.first:
+            self.log.open(position, self.step, self.manifest["run"], self.manifest["config"])
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.config.out / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != "qscope-train" or not {"run", "config"} <= content.keys():
-                raise ValueError("it is not the record of a training run")
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or give another folder.") from error
-        return dict(content)
-
-    def _refuse_other_result(self, manifest: dict[str, Any]) -> None:
+    def _refuse_other_result(self) -> None:
         """A finished run whose checkpoints were deleted is not overwritten by another one."""
-        changed = differences(manifest["config"], self.identity) if manifest else []
+        changed = differences(self.manifest["config"], self.identity) if self.manifest else []
         if changed and (self.config.out / RESULT).exists():
             raise CheckpointError(
                 f"{self.config.out} holds the SAEs of a run with other options: {'; '.join(changed[:12])}. Give "
@@ -147,7 +180,7 @@ class Job:
             return
         self._begun = self._line_began = self._checkpoint_at = time.perf_counter()
         before = self.elapsed
-        with self._bar() as bar, _StopRequest() as stop, _memory_advice():
+        with self._bar() as bar, _StopRequest(self.first) as stop, _memory_advice():
             if self.step == 0:
                 self._initialise()
             self._check_disk()
@@ -158,9 +191,10 @@ class Job:
                 self.elapsed = before + time.perf_counter() - self._begun
                 if self._line_steps == self.config.steps_per_line or self.step == total:
                     self._line(bar)
-                if self.step == total or self._due() or stop.asked:
+                asked, due = self._wishes(stop.asked)
+                if self.step == total or due or asked:
                     self._save()
-                if stop.asked and self.step < total:
+                if asked and self.step < total:
                     raise KeyboardInterrupt
 
     def _initialise(self) -> None:
@@ -174,6 +208,8 @@ class Job:
 
     def _one_step(self) -> None:
         batch = self._pending.pop(0) if self._pending else self._next()
+        if self.group is not None:
+            batch = parallel.slice_of(batch, self.group)
         with self.clock("step"):
             for unit in self.units:
                 target = None if unit.target is None else batch[unit.target]
@@ -200,22 +236,24 @@ class Job:
         common = {"step": self.step, "tokens": self.step * self.config.batch_tokens}
         timing = {"seconds": round(self.elapsed, 2), "tokens_per_second": round(speed, 1)}
         records: list[dict[str, Any]] = []
-        for unit in self.units:
-            lr = unit.recipe.lr_at(self.step, self.config.total_steps)
-            records.append({**common, "sae": unit.name, **timing, "lr": lr, **unit.window.line()})
-        self.log.write(self.step, records)
+        lines = self._of_all({unit.name: (unit.window.line(), *unit.window.stands()) for unit in self.units})
+        for plan in self.plans:
+            lr = plan.recipe.lr_at(self.step, self.config.total_steps)
+            records.append({**common, "sae": plan.name, **timing, "lr": lr, **lines[plan.name][0]})
+        if self.first:
+            self.log.write(self.step, records)
         self._line_began, self._line_steps = now, 0
         fvus = [record["fvu"] for record in records if record["fvu"] is not None]
         self.metric = sum(fvus) / len(fvus) if fvus else None
         bar.set_postfix_str(_summary(records), refresh=False)
-        for unit, record in zip(self.units, records, strict=True):
-            self._check_divergence(unit, record)
+        for plan, record in zip(self.plans, records, strict=True):
+            self._check_divergence(plan, record, *lines[plan.name][1:])
 
-    def _check_divergence(self, unit: Unit, record: dict[str, Any]) -> None:
-        streak, patience = int(unit.window.streak), min(self.config.divergence_steps, -(-self.config.total_steps // 4))
+    def _check_divergence(self, unit: Plan, record: dict[str, Any], streak: int, best: float) -> None:
+        patience = min(self.config.divergence_steps, -(-self.config.total_steps // 4))
         if streak < patience:
             return
-        loss, best = record["loss"], float(unit.window.best)
+        loss = record["loss"]
         stands = "is not finite" if loss is None else f"stands at {loss:.3g}"
         kept = checkpoint.latest(self.config.out)
         raise InputError(
@@ -234,9 +272,20 @@ class Job:
             return self.step - self._saved_step >= self.config.checkpoint_steps
         return time.perf_counter() - self._checkpoint_at >= self.config.checkpoint_seconds
 
+    def _wishes(self, asked: bool) -> tuple[bool, bool]:
+        """Whether a signal asked for a stop, and whether a checkpoint is due: the same on every process."""
+        due, by_steps = self._due(), self.config.checkpoint_steps is not None
+        if self.group is None:
+            return asked, due
+        if self.step % AGREE_EVERY[self.group.device.type]:
+            return False, due and by_steps
+        wishes = torch.tensor([asked, due and (by_steps or self.first)], device=self.group.device)
+        asked, due = self.group.world.any(wishes).tolist()
+        return asked, due
+
     def _save(self) -> bool:
         """A checkpoint, unless the loss is not finite or far from where it was: the one before is better then."""
-        if any(int(unit.window.streak) for unit in self.units):
+        if any(self._of_all({unit.name: int(unit.window.streak) for unit in self.units}).values()):
             return False
         done = self.step == self.config.total_steps
         with self.clock("checkpoint"):
@@ -247,21 +296,35 @@ class Job:
                 "metric": self.metric,
                 "counts": self._counts,
                 "pending": [{str(point): rows for point, rows in batch.items()} for batch in self._pending],
-                "windows": {unit.name: unit.window.state() for unit in self.units},
+                "windows": self._of_all({unit.name: unit.window.state() for unit in self.units}),
             }
-            states = {unit.name: unit.trainer.state_dict() for unit in self.units}
-            checkpoint.save(
-                self.config.out, self.step, {**states, "run": own}, {} if done else self.supply.stream.state(),
-                self.log.sync(), self.identity, metric=self.metric, keep_last=self.config.keep_last,
-                keep_best=self.config.keep_best,
-            )  # fmt: skip
+            states = self._states()
+            if self.first:
+                checkpoint.save(
+                    self.config.out, self.step, {**states, "run": own}, {} if done else self.supply.stream.state(),
+                    self.log.sync(), self.identity, metric=self.metric, keep_last=self.config.keep_last,
+                    keep_best=self.config.keep_best,
+                )  # fmt: skip
+            if self.group is not None:
+                self.group.world.barrier()
         self._saved_step, self._checkpoint_at = self.step, time.perf_counter()
         return True
 
+    def _states(self) -> dict[str, parallel.State]:
+        """Of all trainers, on the first process."""
+        trainers = {unit.name: unit.trainer for unit in self.units}
+        if self.group is None:
+            return {name: trainer.state_dict() for name, trainer in trainers.items()}
+        return parallel.collect_states(self.group, [plan.name for plan in self.plans], trainers)
+
     def _check_disk(self) -> None:
         """Refuses a run whose first checkpoint would not fit, before hours are spent."""
-        states = [unit.trainer.state_dict() for unit in self.units]
-        needed = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        parameters = [p for unit in self.units for p in unit.trainer.parameters.values()]
+        needed = sum(t.nbytes for p in parameters for t in p.tensors().values())
+        if self.group is not None:  # processes along dp hold the same
+            needed = sum(self.group.world.objects(needed if self.group.dp.rank == 0 else 0))
+        if not self.first:
+            return
         needed += self.supply.stream.memory()
         free = shutil.disk_usage(self.config.out).free
         if free < needed:
@@ -278,13 +341,17 @@ class Job:
         config, began = self.config, self.step - self.step // 10
         if self.step > self._saved_step:
             self._counts = self.supply.stream.counts()
+        figures = {plan.name: last_figures(config.out, plan.name, began - 1) for plan in self.plans if self.first}
+        if self.group is not None:
+            figures = self.group.world.objects(figures)[0]
         with self.clock("save"):
-            saes = {
-                unit.name: save_trained(
-                    unit, config, self.supply, last_figures(config.out, unit.name, began - 1), self._counts
-                )
-                for unit in self.units
-            }
+            write = self.group is None or self.group.leads
+            saes = self._of_all(
+                {
+                    unit.name: save_trained(unit, config, self.supply, figures[unit.name], self._counts, write)
+                    for unit in self.units
+                }
+            )
         ran = (self.step - self.resumed_step) * config.batch_tokens
         seconds = time.perf_counter() - self._begun if ran else 0.0
         result = TrainResult(
@@ -301,13 +368,20 @@ class Job:
             tokens_per_second=round(ran / seconds, 1) if ran else 0.0,
             seconds={stage: round(value, 3) for stage, value in self.clock.seconds.items()},
             buffer_bytes=self.supply.stream.memory(),
-            about=self.supply.about(),
+            about=self._about(),
             log=str(self.log.path),
             report=str(config.out / "report.html"),
         )
-        text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False).encode() + b"\n"
-        write_file(config.out / RESULT, [text], len(text))
+        if self.first:
+            text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False).encode() + b"\n"
+            write_file(config.out / RESULT, [text], len(text))
         return result
+
+    def _about(self) -> dict[str, str]:
+        config, about = self.config, self.supply.about()
+        if self.group is not None:
+            about["processes"] = f"{config.processes}: spread {config.spread}, dp {config.dp}, tp {config.tp}"
+        return about
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Any]:
@@ -323,23 +397,33 @@ class Job:
             dynamic_ncols=True,
             mininterval=0.5,
             smoothing=0,  # steps come in bursts between two fillings of the buffer
+            disable=not self.first,
         ) as bar:
             yield bar
 
 
-def _units(config: TrainConfig, supply: Supply) -> Iterator[Unit]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `train.json` says of the run in this folder, empty without one. Raises CheckpointError if it is damaged."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != "qscope-train" or not {"run", "config"} <= content.keys():
+            raise ValueError("it is not the record of a training run")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or give another folder.") from error
+    return dict(content)
+
+
+def _plans(config: TrainConfig, supply: Supply) -> Iterator[Plan]:
     for point, target in zip(supply.inputs, supply.targets, strict=True):
-        width = supply.width(point)
-        recipes = config.recipes(width)
+        recipes = config.recipes(supply.width(point))
         for recipe in recipes:
             name = f"layer{point}" if target is None else f"transcoder-{point}-{target}"
             if len(recipes) > 1:
                 name = f"f{recipe.d_sae}-k{recipe.k}-seed{recipe.seed}/{name}"
-            trainer = SAETrainer(
-                recipe, width, d_out=None if target is None else supply.width(target), device=supply.device,
-                total_steps=config.total_steps, batch_tokens=config.batch_tokens,
-            )  # fmt: skip
-            yield Unit(name, point, target, recipe, trainer, Window(supply.device, config.divergence_factor))
+            yield Plan(name, point, target, recipe)
 
 
 def _summary(records: list[dict[str, Any]]) -> str:
@@ -370,8 +454,8 @@ def _memory_advice() -> Iterator[None]:
 class _StopRequest:
     """SIGINT and SIGTERM ask for a stop after the step; a second one is KeyboardInterrupt at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, says_so: bool) -> None:
+        self.asked, self.says_so = False, says_so
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopRequest":
@@ -388,4 +472,5 @@ class _StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nqscope: stopping with a checkpoint after this step; once more: at once, without", file=sys.stderr)
+        if self.says_so:
+            print("\nqscope: stopping with a checkpoint after this step; once more: at once, without", file=sys.stderr)

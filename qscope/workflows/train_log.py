@@ -67,8 +67,13 @@ class Window:
         self.good.zero_()
         return dict(zip((*MEANS, *SUMS, "dead_share"), [*means, *found[len(MEANS) :]], strict=True))
 
+    def stands(self) -> tuple[int, float]:
+        """`streak` and `best`."""
+        return int(self.streak), float(self.best)
+
     def state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in _STATE}
+        """On the host."""
+        return {name: getattr(self, name).cpu() for name in _STATE}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         for name in _STATE:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from qscope.checkpoints import SAECard
 from qscope.files import storage_error, tensor_parts, write_file
@@ -17,9 +20,11 @@ WEIGHTS, CARD = "weights.safetensors", "card.json"
 
 
 def save_trained(
-    unit: "Unit", config: TrainConfig, supply: Supply, figures: dict[str, float], counts: dict[str, Any]
-) -> TrainedSAE:
-    """Writes one SAE into its folder, so that `qscope.SAE.from_pretrained(OUT, layer=...)` finds it.
+    unit: "Unit", config: TrainConfig, supply: Supply, figures: dict[str, float], counts: dict[str, Any],
+    write: bool = True,
+) -> TrainedSAE:  # fmt: skip
+    """Writes one SAE into its folder, so that `qscope.SAE.from_pretrained(OUT, layer=...)` finds it. Of the processes
+    that train it, all call this and one writes.
 
     Transcoders and jumprelu, which are no qscope.SAE, become `weights.safetensors` (see SAETrainer.export) and
     `card.json`.
@@ -32,9 +37,13 @@ def save_trained(
         layer = unit.point if isinstance(unit.point, int) else None
         source = f"{config.out.resolve().name}/{unit.name}"
         card = SAECard(supply.model_name, layer=layer, source=source, context_size=supply.context_size)
-        trainer.to_sae(dataclasses.replace(card, training=training)).save(folder)
+        sae = trainer.to_sae(dataclasses.replace(card, training=training))
+        if write:
+            sae.save(folder)
     else:
-        _save_weights(unit, folder, supply, training)
+        weights = trainer.export()
+        if write:
+            _save_weights(unit, folder, supply, training, weights)
     return TrainedSAE(
         path=str(folder),
         point=str(unit.point),
@@ -74,7 +83,9 @@ def _training(
     return plain
 
 
-def _save_weights(unit: "Unit", folder: Any, supply: Supply, training: dict[str, Any]) -> None:
+def _save_weights(
+    unit: "Unit", folder: Path, supply: Supply, training: dict[str, Any], weights: dict[str, Tensor]
+) -> None:
     card = {
         "format": "qscope-weights",
         "format_version": 1,
@@ -93,7 +104,7 @@ def _save_weights(unit: "Unit", folder: Any, supply: Supply, training: dict[str,
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, folder) from error
-    parts, size = tensor_parts(unit.trainer.export(), {"format": "pt"})
+    parts, size = tensor_parts(weights, {"format": "pt"})
     card["sha256"] = write_file(folder / WEIGHTS, parts, size)
     text = (json.dumps(card, indent=2, allow_nan=False) + "\n").encode()
     write_file(folder / CARD, [text], len(text))

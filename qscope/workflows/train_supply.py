@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -15,8 +16,10 @@ from qscope._version import __version__
 from qscope.activation_store import ActivationStore
 from qscope.checkpoints._weights import as_device
 from qscope.data import TextOptions
+from qscope.distributed import Group
 from qscope.errors import InputError
-from qscope.training.activations import MODEL_TOKENS, DatasetText, TextFiles, model_stream
+from qscope.training import parallel
+from qscope.training.activations import MODEL_TOKENS, DatasetText, ModelActivations, TextFiles, model_stream
 from qscope.training.buffer import Point, ShuffledStream
 from qscope.training.stored_activations import BLOCK, BLOCKS_AT_ONCE, stored_stream
 from qscope.workflows.encode import EncodeConfig
@@ -75,14 +78,27 @@ def versions() -> dict[str, str]:
     return {"qscope": __version__, **found}
 
 
-def open_supply(config: TrainConfig) -> Supply:
-    """The stream that `config` names; nothing is computed yet but one token for the widths."""
-    return _stored(config) if config.activations is not None else _from_model(config)
+def open_supply(config: TrainConfig, manifest: Mapping[str, Any], group: Group | None = None) -> Supply:
+    """The stream that `config` names; nothing is computed yet but one token for the widths.
+
+    manifest: of a run that goes on, otherwise empty. Of a group every process gets all activations, and the same.
+    """
+    if config.activations is not None:
+        return _stored(config)
+    if group is not None and not group.first:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # while the model is loaded: one process shows it
+    begun = manifest.get("config", {}).get("activations", {})
+    supply = _from_model(config, begun.get("windows"))
+    if group is not None:
+        parallel.share_forward(supply.stream, group)
+    return supply
 
 
 def _stored(config: TrainConfig) -> Supply:
     assert config.activations is not None
-    device = as_device(_device(config.device))
+    device = as_device(chosen_device(config.device))
     store = ActivationStore(config.activations)
     layers = config.layers or store.layers
     stream = stored_stream(
@@ -105,7 +121,8 @@ def _stored(config: TrainConfig) -> Supply:
     )
 
 
-def _from_model(config: TrainConfig) -> Supply:
+def _from_model(config: TrainConfig, begun_windows: int | None) -> Supply:
+    """begun_windows: how many windows at once the run began with, on what may have been another number of processes."""
     text = _text(config)
     inputs = tuple(map(_point, config.transcoder_in)) or config.layers or (embedded.DEFAULT_LAYER,)
     targets = tuple(map(_point, config.transcoder_out)) or (None,) * len(inputs)
@@ -114,16 +131,19 @@ def _from_model(config: TrainConfig) -> Supply:
     loaded = load_encoder(
         EncodeConfig(
             text=config.text, features=False, activations=config.out, layers=blocks, model=config.model,
-            context_size=config.context_size, dtype=config.dtype, device=_device(config.device),
+            context_size=config.context_size, dtype=config.dtype, device=chosen_device(config.device),
         )
     )  # fmt: skip
-    model_tokens = config.model_tokens or MODEL_TOKENS[loaded.model.device.type == "cuda"]
+    fits = MODEL_TOKENS[loaded.model.device.type == "cuda"]
+    model_tokens = config.model_tokens or (begun_windows or 0) * config.context_size or fits * config.processes
     at_once = max(1, model_tokens // config.context_size) * config.context_size
     stream = model_stream(
         loaded.model, loaded.tokenizer, text, points, buffer_tokens=config.buffer(at_once), tokens=_budget(config),
         seed=config.data_seed, context_size=config.context_size, model_tokens=model_tokens, separator=config.separator,
         bos=config.bos, first_token=config.first_token, norm_multiple=config.norm_multiple, cycle=config.cycle,
     )  # fmt: skip
+    if config.model_tokens is None and isinstance(stream.producer, ModelActivations):
+        stream.producer.windows_at_once = max(1, fits // config.context_size)
     return Supply(
         stream=stream,
         inputs=inputs,
@@ -167,7 +187,8 @@ def _block(point: Point) -> int:
     return int(tail)
 
 
-def _device(name: str) -> str:
+def chosen_device(name: str) -> str:
+    """`name`, or what there is for "auto"."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
