@@ -7,11 +7,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test lint types bench gpu-check wheel clean
+.PHONY: help demo test test-slow lint types bench gpu-check wheel clean
 
 help:
 	@echo "make demo       encode 200,000 tokens of real text with the embedded model and SAE, write a page"
 	@echo "make test       the whole test suite"
+	@echo "make test-slow  what the suite leaves out for time"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time the operators beside their peers on this machine"
 	@echo "make gpu-check  GPU tests and all benchmarks, on a machine with an NVIDIA GPU"
@@ -24,6 +25,10 @@ demo:
 test:
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra test --torch-index $(TORCH_INDEX)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What the suite leaves out for time: whole commands once more, on the real model and in two processes.
+test-slow:
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="-m slow $(PYTEST_ARGS)"
 
 lint:
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV) --extra dev --torch-index $(TORCH_INDEX)

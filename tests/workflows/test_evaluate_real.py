@@ -9,7 +9,7 @@ from qscope.cli import dispatch
 from qscope.errors import QscopeError
 from qscope.sae import SAE
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from qscope.training import checkpoint
 from qscope.workflows import train_job, train_log
 from qscope.workflows.train import TrainConfig, run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("train_worker.py")
 BATCH, STEPS, STOP = 256, 24, 10
