@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qscope.training.buffer import Stream
+
 LAYER = 15
 _HELD_OUT = -1  # its batch number
 _PLANTED_SEED = 7_919_000_000
@@ -134,11 +136,11 @@ def residuals(tokens: int, reserved: int, device: str) -> Path:
     return path
 
 
-def _taken(stream: object, wanted: int, step: int) -> Iterator[Tensor]:
+def _taken(stream: Stream, wanted: int, step: int) -> Iterator[Tensor]:
     for done in itertools.count(0, step):
         if done >= wanted:
             return
-        yield stream.next(min(step, wanted - done))[LAYER]  # type: ignore[attr-defined]
+        yield stream.next(min(step, wanted - done))[LAYER]
 
 
 @torch.no_grad()

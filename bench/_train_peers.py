@@ -5,6 +5,7 @@ that their documentation recommends; what is common is in `Job`. On a GPU all mu
 """
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -326,5 +327,5 @@ def missing(name: str) -> str:
     with contextlib.redirect_stdout(sys.stderr):
         why = problem(package)
         if not why and name == "eai-sparsify signum":
-            import schedulefree  # noqa: F401  (it comes with eai-sparsify)
+            importlib.import_module("schedulefree")  # comes with eai-sparsify, whose default optimiser needs it
     return why

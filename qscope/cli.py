@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark instead
-    sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
+    status = dispatch(list(sys.argv[1:] if argv is None else argv))
+    many = sys.modules.get("qscope.distributed")  # not imported for commands that run in one process
+    (sys.exit if many is None else many.leave)(status)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -11,12 +11,13 @@ every dtype does on every backend (gloo on a CPU, nccl on a GPU).
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from qscope import native
 from qscope.errors import InputError, QscopeError
 
-__all__ = ["Axis", "Group", "GroupError", "init"]
+__all__ = ["Axis", "Group", "GroupError", "init", "leave"]
 
 AXES = ("spread", "dp", "tp")
 BLOCK = 1 << 24
@@ -40,6 +41,23 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 class GroupError(QscopeError):
     """The processes of a run have lost one of them, or no longer agree."""
+
+    seen = False
+    """Whether there was one in this process, which then cannot be tidied up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        GroupError.seen = True
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. After a GroupError without Python's way out: tearing gloo down aborts the process where a
+    request to the lost one is outstanding, and its exit status is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if GroupError.seen:
+        os._exit(status)
+    sys.exit(status)
 
 
 class Axis:

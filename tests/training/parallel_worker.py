@@ -411,4 +411,4 @@ if __name__ == "__main__":
             run_plan(sys.argv[1], Path(sys.argv[2]))
     except QscopeError as error:  # as the command line does
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        distributed.leave(2)
