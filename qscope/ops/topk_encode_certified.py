@@ -51,8 +51,8 @@ _op = operator(
 )
 
 
-@_op.register_fake
-def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake(x: Tensor, W_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of a certified answer."""
     torch._check(x.dim() == 2 and W_enc.dim() == 2, lambda: "x must be [N, D] and W_enc [F, D]")
     torch._check(x.shape[1] == W_enc.shape[1], lambda: "x [N, D] and W_enc [F, D] must share D")
     torch._check(1 <= k <= W_enc.shape[0], lambda: f"k={k} must be in 1..{W_enc.shape[0]}")
@@ -63,6 +63,11 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, T
         x.new_empty((N,), dtype=torch.int32),
         x.new_empty((N,), dtype=torch.float32),
     )
+
+
+@_op.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake(x, W_enc, k)
 
 
 @_op.register_kernel("cuda")

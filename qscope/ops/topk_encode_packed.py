@@ -1,11 +1,11 @@
 """The exact TopK-SAE encoder on weights that were packed once."""
 
-import torch
 from torch import Tensor
 
 from qscope import reference
 from qscope.ops._common import call, check_devices, check_float, check_k, check_sizes, operator, shape_of
 from qscope.ops.pack_encoder import PackedEncoder
+from qscope.ops.topk_encode_certified import fake
 
 
 def topk_encode_packed(x: Tensor, packed: PackedEncoder, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,16 +45,7 @@ _op = operator(
 def _(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, mu: Tensor, codes: list[Tensor], k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    torch._check(x.dim() == 2 and W_enc.dim() == 2, lambda: "x must be [N, D] and W_enc [F, D]")
-    torch._check(x.shape[1] == W_enc.shape[1], lambda: "x [N, D] and W_enc [F, D] must share D")
-    torch._check(1 <= k <= W_enc.shape[0], lambda: f"k={k} must be in 1..{W_enc.shape[0]}")
-    N = x.shape[0]
-    return (
-        x.new_empty((N, k), dtype=torch.float32),
-        x.new_empty((N, k), dtype=torch.int32),
-        x.new_empty((N,), dtype=torch.int32),
-        x.new_empty((N,), dtype=torch.float32),
-    )
+    return fake(x, W_enc, k)
 
 
 @_op.register_kernel("cuda")

@@ -1,18 +1,11 @@
 """One page about the quality of SAEs, and the same figures as JSON: single files, no network, no script."""
 
-import base64
-import contextlib
-import hashlib
 import html
 import json
-import os
-import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from qscope._version import __version__
-from qscope.errors import StorageError
 from qscope.evaluation.dictionary import DecoderCosines, Stability
 from qscope.evaluation.exactness import Exactness
 from qscope.evaluation.fidelity import BINS, LOG10_START, LOG10_STEP, Fit
@@ -20,6 +13,7 @@ from qscope.evaluation.splice import SpliceLoss
 from qscope.report import evaluate_svg as svg
 from qscope.report.evaluate_formulas import FORMULAS
 from qscope.report.inspect_page import visible
+from qscope.report.page_file import fill, write_whole
 from qscope.workflows.evaluate import EvaluateResult, LayerResult
 from qscope.workflows.evaluate_pass import TokenCounts
 
@@ -33,31 +27,16 @@ def write_files(result: EvaluateResult) -> list[Path]:
 
     written = []
     if result.html is not None:
-        written.append(_write(result.html, page(result), "--html"))
+        written.append(write_whole(result.html, page(result), "Choose another --html path."))
     if result.out is not None:
-        written.append(_write(result.out, json.dumps(to_json(result), indent=1, allow_nan=False) + "\n", "--out"))
+        text = json.dumps(to_json(result), indent=1, allow_nan=False) + "\n"
+        written.append(write_whole(result.out, text, "Choose another --out path."))
     return written
-
-
-def _write(path: Path, text: str, option: str) -> Path:
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise StorageError(f"{path} could not be written: {error}. Choose another {option} path.") from error
-    return path
 
 
 def page(result: EvaluateResult) -> str:
     """The page as HTML."""
-    template = resources.files("qscope.report").joinpath("evaluate_page.html").read_text(encoding="utf-8")
-    (style,) = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return template.replace("@@STYLE_HASH@@", f"sha256-{digest}").replace("@@BODY@@", _body(result))
+    return fill("evaluate_page.html", _body(result))
 
 
 def _body(result: EvaluateResult) -> str:

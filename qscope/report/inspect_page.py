@@ -6,10 +6,8 @@ one script keeps anything else from running.
 """
 
 import base64
-import contextlib
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from importlib import resources
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope._version import __version__
-from qscope.errors import StorageError
+from qscope.report.page_file import write_whole
 from qscope.workflows.inspect_result import ORDERS, Context, Feature, InspectResult, Text
 
 MOST_FEATURES = 400
@@ -59,16 +57,7 @@ def page(result: InspectResult) -> str:
 
 def write_page(result: InspectResult, path: Path) -> Path:
     """Write `page(result)` to `path`, whole or not at all. Raises `StorageError`."""
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(page(result), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise StorageError(f"The page {path} could not be written: {error}. Choose another --html path.") from error
-    return path
+    return write_whole(path, page(result), "Choose another --html path.")
 
 
 def finish(result: InspectResult) -> Path | None:

@@ -1,20 +1,14 @@
 """The page of a training run: figures, curves, what was read and left out. One file, no network, no script."""
 
-import base64
-import contextlib
-import hashlib
 import html
-import os
-import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qscope._version import __version__
-from qscope.errors import StorageError
 from qscope.report.evaluate_page import num, share
 from qscope.report.inspect_page import visible
+from qscope.report.page_file import fill, write_whole
 from qscope.report.train_svg import Curve, curves
 from qscope.workflows.train import TrainResult
 from qscope.workflows.train_log import read
@@ -28,24 +22,12 @@ Lines = dict[str, list[dict[str, Any]]]
 
 def write(result: TrainResult) -> Path:
     """Write the page where the result says, whole or not at all; its path. Also what `qscope train --json` calls."""
-    path = Path(result.report)
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_text(page(result), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise StorageError(f"{path} could not be written: {error}. The SAEs are finished; make room.") from error
-    return path
+    return write_whole(Path(result.report), page(result), "The SAEs are finished; make room.")
 
 
 def page(result: TrainResult) -> str:
     """The page as HTML."""
-    template = resources.files("qscope.report").joinpath("train_page.html").read_text(encoding="utf-8")
-    (style,) = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return template.replace("@@STYLE_HASH@@", f"sha256-{digest}").replace("@@BODY@@", _body(result))
+    return fill("train_page.html", _body(result))
 
 
 def _body(result: TrainResult) -> str:

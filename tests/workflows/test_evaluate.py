@@ -14,7 +14,7 @@ from qscope.data import Windows
 from qscope.errors import InputError, ModelError, StorageError
 from qscope.evaluation.exactness import Exactness
 from qscope.evaluation.fidelity import LEFT_OUT, ORDINARY, SET_ASIDE
-from qscope.report import evaluate_page, evaluate_text
+from qscope.report import evaluate_page, evaluate_text, page_file
 from qscope.sae import SAE, SAECard
 from qscope.workflows import evaluate, evaluate_pass
 from qscope.workflows.evaluate import EvaluateConfig, EvaluateResult, LayerResult, run
@@ -304,7 +304,7 @@ def test_a_failed_write_leaves_the_old_file(found, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(evaluate_page.os, "replace", refuse)
+    monkeypatch.setattr(page_file.os, "replace", refuse)
     with pytest.raises(StorageError, match=r"No space left.*--html"):
         evaluate_page.write_files(replace(found, html=path))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
