@@ -1,4 +1,4 @@
-// Exact encode: a low-precision pass lists, for each row, the features that may belong to its k best; float32 products
+// Exact encode: a low-precision pass lists, for each row, the features that may belong to its k best; float16 rows
 // narrow the list, and what is left is scored in float64. A row whose list grows too long goes to the next finer pass,
 // and at last, as one whose numbers are out of range, is scored in full.
 #include "certified.h"
@@ -36,7 +36,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 516;          // rows per pass over the weights; each pass rounds them once more
 constexpr int64_t kDirectRows = 4;           // so few rows are bound by reading W: they are scored in full at once
-constexpr int64_t kListMemory = 64ll << 20;  // contenders of all threads together
+constexpr int64_t kListMemory = 64ll << 20;  // what k entries per row and thread may take: large k, fewer rows at once
 constexpr int64_t kContenders = 11ll << 20;  // of all rows together, 12 bytes each; threads hold half as many again
 constexpr int64_t kMostWanted = 3;           // dictionaries of at most so many times k are scored in full
 constexpr int64_t kFullGroup = 64;           // rows scored in full per pass over the weights
@@ -352,7 +352,7 @@ struct ExactEncoder {
     });
   }
 
-  // Narrows the intervals of the other items: float16 rows with the features as they are lose a thousandth of what int8
+  // Narrows the intervals of the other items: float16 rows with the features as they are lose a hundredth of what int8
   // loses, in half of float32's bytes.
   void refine(const std::vector<Row>& rows, const PassBlock& block, RowBound* bounds, const PanelBound* panels,
               Contenders* lists, std::vector<int64_t>& done, std::vector<int64_t>& end) const {
