@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from qscope import ops as ops
     from qscope.model import capture as capture
     from qscope.sae import SAE as SAE
+    from qscope.steering import SteeringSpec as SteeringSpec
+    from qscope.steering import steer as steer
     from qscope.store import FeatureStore as FeatureStore
 
 _HOME = {
     "SAE": "qscope.sae",
     "FeatureStore": "qscope.store",
+    "SteeringSpec": "qscope.steering",
     "capture": "qscope.model",
+    "steer": "qscope.steering",
 }
 
-__all__ = ["SAE", "FeatureStore", "__version__", "capture", "ops"]
+__all__ = ["SAE", "FeatureStore", "SteeringSpec", "__version__", "capture", "ops", "steer"]
 
 
 def __getattr__(name: str) -> Any:

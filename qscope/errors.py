@@ -13,6 +13,10 @@ class ModelError(QscopeError):
     """A language model that cannot be loaded or does not fit the SAE."""
 
 
+class SteeringNotApplied(ModelError):
+    """A model ran without its steering: an engine or compiled code went around the place where it was installed."""
+
+
 class CheckpointError(QscopeError):
     """An SAE file that is damaged, incomplete or of another shape than it claims."""
 

@@ -27,7 +27,11 @@ FLOORS = [
     ("qscope.activation_store", 3),
     ("qscope.distributed", 3),
     ("qscope.evaluation", 3),
-    ("qscope.training", 3.5),  # made of the parts of floor 3, and what the training workflow is made of
+    ("qscope.detectors", 3),
+    ("qscope.training", 3.5),  # made of the parts of floor 3, and what the workflows are made of
+    ("qscope.steering", 3.5),
+    ("qscope.finding", 3.5),
+    ("qscope.vllm_plugin", 3.7),  # made of steering
     ("qscope.workflows", 4),
     ("qscope.report", 5),
     ("qscope.cli", 5),
