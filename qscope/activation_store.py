@@ -181,8 +181,8 @@ class ActivationWriter:
                 path.unlink(missing_ok=True)
 
     def complete(self, totals: Mapping[str, Any] | None = None) -> None:
-        """Marks the store finished. totals: JSON values, kept."""
-        self._write_manifest(complete=True, totals=dict(totals or {}))
+        """Marks the store finished. totals: JSON values, kept; `shards`, how many there are, is added."""
+        self._write_manifest(complete=True, totals={**(totals or {}), "shards": len(self._records)})
 
     def close(self) -> None:
         self._lock.release()
@@ -319,7 +319,7 @@ def read_journal(folder: Path, layers: list[int]) -> tuple[list[ActivationRecord
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
+        raise StoreError(f"{path} cannot be read: {error.strerror}. Restore the file, or encode again.") from error
     names = {item.name for item in fields(ActivationRecord)}
     wanted = {"tokens", *map(str, layers)}
     records: list[ActivationRecord] = []
@@ -360,6 +360,11 @@ class ActivationStore:
         self.layers: tuple[int, ...] = tuple(self.settings["layers"])
         self.widths: dict[int, int] = {int(layer): width for layer, width in self.settings["widths"].items()}
         self.records, _ = read_journal(self.path, self.settings["layers"])
+        if len(self.records) != self.totals.get("shards"):
+            raise StoreError(
+                f"{self.path / JOURNAL} lists {len(self.records)} shards, and {self.totals.get('shards')} were "
+                "written. Restore the file, or run the same encode command again."
+            )
         for record in self.records:
             problem = _first_problem(record, self.path)
             if problem:

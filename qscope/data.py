@@ -106,10 +106,13 @@ def _files_below(top: Path) -> Iterator[Path]:
         yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
+_MARKS = (("shards.jsonl", "manifest.json"), ("shards.jsonl", "activations.json"), ("train.json", "log.jsonl"))
+
+
 def _in_store(path: Path, top: Path) -> bool:
-    """A feature store below the folder that is read (the output may lie there) is not text."""
+    """What qscope wrote below the folder that is read (the output may lie there) is not text: stores and runs."""
     folders = itertools.takewhile(lambda folder: folder != top.parent, path.parents)
-    return any((folder / "shards.jsonl").exists() and (folder / "manifest.json").exists() for folder in folders)
+    return any(all((folder / name).exists() for name in marks) for folder in folders for marks in _MARKS)
 
 
 def _format_of(path: Path, options: TextOptions) -> str | None:

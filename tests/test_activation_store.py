@@ -66,7 +66,8 @@ def store(tmp_path):
 def test_what_was_written_is_read(store):
     found = ActivationStore(store)
     assert found.layers == (4, 11) and found.widths == WIDTHS and found.tokens == sum(SIZES)
-    assert found.totals == {"tokens": sum(SIZES)} and [record.first for record in found.records] == [19, 1, 33, 4]
+    assert found.totals == {"shards": 4, "tokens": sum(SIZES)}
+    assert [record.first for record in found.records] == [19, 1, 33, 4]
     for index in range(len(SIZES)):
         columns, layers = shard_of(index)
         for layer, x in layers.items():
@@ -198,6 +199,8 @@ def test_damaged_and_hostile_files(store):
     lines = journal.splitlines(keepends=True)
     spoiled("shards.jsonl", "".join([lines[0][:50] + "\n", *lines[1:]]), "line 1, is damaged")
     spoiled("shards.jsonl", "".join(lines[1:]), "line 1, does not describe shard 0")
+    for cut in (journal[:-9], "".join(lines[:-1])):
+        spoiled("shards.jsonl", cut, "shards.jsonl lists 3 shards, and 4 were written")
     spoiled("shards.jsonl", journal.replace('"11":["', '"../../11":["'), "names other files")
     # A file of right size and wrong content, as long as nobody verifies.
     path = store / "shard-00001.layer-4.safetensors"

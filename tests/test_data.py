@@ -246,10 +246,18 @@ def test_truncation_and_padding_of_the_tokenizer_are_switched_off():
     assert tokenize(wrapped, [Piece(0, "a " * 10), Piece(1, "a")], 64, (0, 0)).token.tolist() == [0] * 11
 
 
-def test_a_feature_store_inside_the_folder_is_not_text(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("manifest.json", "shards.jsonl", "tokenizer/merges.txt"),
+        ("activations.json", "shards.jsonl"),
+        ("train.json", "log.jsonl"),
+    ],
+)
+def test_what_qscope_wrote_inside_the_folder_is_not_text(tmp_path, names):
     (tmp_path / "a.txt").write_text("aa")
     (tmp_path / "codes" / "tokenizer").mkdir(parents=True)
-    for name in ("manifest.json", "shards.jsonl", "tokenizer/merges.txt"):
+    for name in names:
         (tmp_path / "codes" / name).write_text("{}")
     assert read(tmp_path)[0] == [Piece(0, "aa")]
 

@@ -49,15 +49,15 @@ def _body(result: TrainResult) -> str:
 
 
 def _facts(result: TrainResult, lines: Lines) -> str:
-    first = next(iter(lines.values()), [])
-    seconds = first[-1]["seconds"] if first else 0.0
-    speed = result.tokens / seconds if seconds else 0.0
+    last = next((found[-1] for found in lines.values() if found), None)
     fvus = [sae.figures["fvu"] for sae in result.saes.values() if "fvu" in sae.figures]
     facts = [
         ("SAEs", f"{len(result.saes)}", "from one stream"),
         ("Tokens", f"{result.tokens:,}", f"{result.steps:,} steps"),
-        ("Tokens per second", f"{speed:,.0f}", f"all of {_duration(seconds)}, model included"),
     ]
+    if last is not None and last["seconds"]:
+        speed, spent = last["tokens"] / last["seconds"], _duration(last["seconds"])
+        facts.append(("Tokens per second", f"{speed:,.0f}", f"all of {spent}, model included"))
     if fvus:
         span = num(min(fvus), 3) if len(fvus) == 1 else f"{num(min(fvus), 3)} – {num(max(fvus), 3)}"
         facts.append(("FVU", span, "mean over the last tenth of the steps"))
@@ -154,10 +154,12 @@ def _counts(result: TrainResult) -> str:
             rows.append((name, f"{found[key]:,}"))
     for key, name in {"nonfinite": "left out: NaN or infinite", "extreme_norm": "left out: extreme norm"}.items():
         rows += [(f"{name} at {point}", f"{n:,}") for point, n in found.get(key, {}).items()]
-    rows += [(f"text: {name.replace('_', ' ')}", f"{n:,}") for name, n in found.get("rows", {}).items()]
+    text = [(name.replace("_", " "), f"{n:,}") for name, n in found.get("rows", {}).items()]
     times = [(stage, f"{seconds:,.1f} s") for stage, seconds in result.seconds.items()]
     buffer = f"The shuffle buffer takes {result.buffer_bytes / 1e6:,.0f} MB."
-    left = _panel("Read and left out", _grid(("", "tokens"), rows), buffer)
+    left = _panel(
+        "Read and left out", _grid(("", "tokens"), rows) + (_grid(("text", ""), text) if text else ""), buffer
+    )
     right = _panel("Time of the last run, host", _grid(("", ""), times))
     return f'<div class="panels">{left}{right}</div>'
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qscope.distributed import Axis
 from qscope.errors import InputError, ModelError
 from qscope.model import decoder_layers, num_layers, residuals, tokenizer_hash
 from qscope.training.buffer import Point, ShuffledStream, Stream
@@ -108,6 +109,8 @@ class ModelActivations:
         self.windows_at_once: int | None = None
         """Most windows that the model is given in one piece; None: a batch of them. No setting: rows and their order
         are those of whole batches."""
+        self.axis = Axis()
+        """Processes that divide the windows of every batch among them; all get the rows of all windows."""
         self.points = parse_points(points, num_layers(model))
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -186,6 +189,15 @@ class ModelActivations:
 
     def _forward(self, ids: Tensor) -> dict[Point, Tensor]:
         """Activations of every point: [B, S, D]."""
+        axis = self.axis
+        if axis.size == 1:
+            return self._forward_here(ids)
+        each = -(-len(ids) // axis.size)
+        windows = torch.cat([ids, ids[:1].expand(each * axis.size - len(ids), -1)])  # every process has some
+        found = self._forward_here(windows[axis.rank * each : (axis.rank + 1) * each])
+        return {point: axis.gather(rows).flatten(0, 1)[: len(ids)] for point, rows in found.items()}
+
+    def _forward_here(self, ids: Tensor) -> dict[Point, Tensor]:
         parts = [self._forward_piece(part) for part in ids.split(self.windows_at_once or len(ids))]
         if len(parts) == 1:
             return parts[0]

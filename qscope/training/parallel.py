@@ -19,8 +19,7 @@ from qscope.errors import InputError
 from qscope.ops import decode_loss, sparse_dot, topk_encode, topk_select
 from qscope.ops.sparse_grads import SparseGrads
 from qscope.reference.decode_loss import total_variance
-from qscope.training.activations import ModelActivations
-from qscope.training.buffer import Point, ShuffledStream
+from qscope.training.buffer import Point
 
 CHECK_EVERY = 100
 """Steps between two comparisons of what processes hold alike."""
@@ -349,27 +348,6 @@ def slice_of(batch: Mapping[Point, Tensor], group: Group) -> dict[Point, Tensor]
         size = len(rows) // group.dp.size
         found[point] = rows[group.dp.rank * size : (group.dp.rank + 1) * size]
     return found
-
-
-def share_forward(stream: ShuffledStream, group: Group) -> None:
-    """Divide the model's work: of every batch of windows each process reads its part, and all get all activations.
-
-    Text, filter and shuffle buffer are the same on every process, so that the stream's state is one, whatever the
-    number of processes. Make every stream with rank 0 and world 1 and `model_tokens` times the number of processes.
-    A stream of stored activations is left as it is: every process reads it all.
-    """
-    producer = stream.producer
-    if not isinstance(producer, ModelActivations):
-        return
-    forward, axis = producer._forward, group.world
-
-    def shared(ids: Tensor) -> dict[Point, Tensor]:
-        each = -(-len(ids) // axis.size)
-        windows = torch.cat([ids, ids[:1].expand(each * axis.size - len(ids), -1)])  # every process has some
-        found = forward(windows[axis.rank * each : (axis.rank + 1) * each])
-        return {point: axis.gather(rows).flatten(0, 1)[: len(ids)] for point, rows in found.items()}
-
-    setattr(producer, "_forward", shared)  # noqa: B010 - a method of this one object
 
 
 def collect_states(group: Group, names: Sequence[str], trainers: Mapping[str, SupportsState]) -> dict[str, State]:

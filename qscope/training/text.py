@@ -117,14 +117,15 @@ class DatasetText:
         except (OSError, ValueError) as error:  # DatasetNotFoundError is an OSError
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(f"The dataset {name} ({split}) could not be opened: {reason}. Check the name.") from error
-        return cls(rows, name=f"{name}/{config or 'default'}/{split}", **options)
+        local = Path(name).resolve().name if Path(name).is_dir() else name  # as for files: not where it lies
+        return cls(rows, name=f"{local}/{config or 'default'}/{split}", **options)
 
     def parts(self) -> int:
         return 1
 
     def read(self, part: int, counts: ReadCounts) -> Iterator[Row]:
         field = self.options.field
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(self._rows()):
             if field not in row:
                 raise InputError(
                     f"Row {number} of the dataset {self.name} has no field {field!r}. Its fields: "
@@ -132,6 +133,21 @@ class DatasetText:
                 )
             where = f"the dataset {self.name}, row {number}"
             yield from (_conversation if self.chat else _plain)(row[field], where, self.options, counts)
+
+    def _rows(self) -> Iterator[Any]:
+        rows = iter(self.rows)
+        for number in itertools.count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # builders, file systems and networks of others: they raise anything
+                reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+                raise InputError(
+                    f"Row {number} of the dataset {self.name} could not be read: {reason}. Mend the data, or start the "
+                    "same command again if it is the network."
+                ) from error
+            yield row
 
     def identity(self) -> list[Any]:
         size = len(self.rows) if isinstance(self.rows, Sized) else None
@@ -145,10 +161,9 @@ def _plain(content: Any, where: str, options: TextOptions, counts: ReadCounts) -
     if not isinstance(content, str):
         _skip(f"{where} has no text in field {options.field!r}", options, counts)
         return
+    text = _mended(content, where, options, counts)
     document, counts.documents = counts.documents, counts.documents + 1
     counts.empty += not content
-    text = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates are not text
-    counts.replaced_bytes += text.count("\ufffd") - content.count("\ufffd")
     if text:
         yield Row(document, text)
 
@@ -157,8 +172,28 @@ def _conversation(content: Any, where: str, options: TextOptions, counts: ReadCo
     if not isinstance(content, list) or not content or not all(isinstance(turn, dict) for turn in content):
         _skip(f"{where} has no list of messages in field {options.field!r}", options, counts)
         return
+    messages = _mended(content, where, options, counts)
     document, counts.documents = counts.documents, counts.documents + 1
-    yield Row(document, content)
+    yield Row(document, messages)
+
+
+def _mended(value: Any, where: str, options: TextOptions, counts: ReadCounts) -> Any:
+    """A value whose strings, in lists and dicts too, have U+FFFD for lone surrogates, which are not text."""
+    if isinstance(value, list):
+        return [_mended(item, where, options, counts) for item in value]
+    if isinstance(value, dict):
+        return {key: _mended(item, where, options, counts) for key, item in value.items()}
+    if not isinstance(value, str) or value.isascii():
+        return value
+    text = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    replaced = text.count("\ufffd") - value.count("\ufffd")
+    if replaced and options.strict:
+        raise InputError(
+            f"{where} holds a lone surrogate, which is not text, and strict reading was asked for. Mend the row, or "
+            "let such places be counted."
+        )
+    counts.replaced_bytes += replaced
+    return text
 
 
 def _skip(reason: str, options: TextOptions, counts: ReadCounts) -> None:

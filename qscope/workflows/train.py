@@ -342,8 +342,8 @@ def run(config: TrainConfig) -> TrainResult:
         first = group is None or group.first
         manifest: dict[str, Any] = {}
         if first:
-            stack.enter_context(checkpoint.locked(config.out))
             claim_folder(config.out, MANIFEST, re.compile(r"\.tmp-.*"), "training run")
+            stack.enter_context(checkpoint.locked(config.out))
             manifest = read_manifest(config.out)
         if group is not None:
             config = replace(config, device=str(group.device))

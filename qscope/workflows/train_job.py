@@ -221,13 +221,17 @@ class Job:
         try:
             with self.clock("activations"):
                 return self.supply.stream.next(self.config.batch_tokens)
-        except InputError as error:  # the text ran dry: what was learnt until then is not lost
-            if self.step > self._saved_step and self._save():
-                raise InputError(
-                    f"{error} The run stands at step {self.step:,} of {self.config.total_steps:,}; --finish writes the "
-                    "SAEs as they are there."
-                ) from error
-            raise
+        except InputError as error:
+            # When the text ran dry, what was learnt until then is saved. Text that fails while the buffer is filled
+            # leaves no stream to go on with.
+            if self.supply.stream.producer.done and self.step > self._saved_step:
+                self._save()
+            if self._saved_step == 0:
+                raise
+            raise InputError(
+                f"{error} The newest checkpoint is of step {self._saved_step:,} of {self.config.total_steps:,}; "
+                "--finish writes the SAEs as they are there."
+            ) from error
 
     def _line(self, bar: Any) -> None:
         """Writes the log, shows the figures, stops a run that has diverged."""
@@ -325,7 +329,7 @@ class Job:
             needed = sum(self.group.world.objects(needed if self.group.dp.rank == 0 else 0))
         if not self.first:
             return
-        needed += self.supply.stream.memory()
+        needed += self.supply.stream.memory() + sum(rows.nbytes for batch in self._pending for rows in batch.values())
         free = shutil.disk_usage(self.config.out).free
         if free < needed:
             raise StorageError(

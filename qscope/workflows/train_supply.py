@@ -18,7 +18,6 @@ from qscope.checkpoints._weights import as_device
 from qscope.data import TextOptions
 from qscope.distributed import Group
 from qscope.errors import InputError
-from qscope.training import parallel
 from qscope.training.activations import MODEL_TOKENS, DatasetText, ModelActivations, TextFiles, model_stream
 from qscope.training.buffer import Point, ShuffledStream
 from qscope.training.stored_activations import BLOCK, BLOCKS_AT_ONCE, stored_stream
@@ -81,7 +80,9 @@ def versions() -> dict[str, str]:
 def open_supply(config: TrainConfig, manifest: Mapping[str, Any], group: Group | None = None) -> Supply:
     """The stream that `config` names; nothing is computed yet but one token for the widths.
 
-    manifest: of a run that goes on, otherwise empty. Of a group every process gets all activations, and the same.
+    manifest: of a run that goes on, otherwise empty. Of a group every process gets all activations, and the same:
+    text, filter and shuffle buffer are alike, so that the stream's state is one for any number of processes; the
+    model's work alone is divided.
     """
     if config.activations is not None:
         return _stored(config)
@@ -90,10 +91,7 @@ def open_supply(config: TrainConfig, manifest: Mapping[str, Any], group: Group |
 
         disable_progress_bar()  # while the model is loaded: one process shows it
     begun = manifest.get("config", {}).get("activations", {})
-    supply = _from_model(config, begun.get("windows"))
-    if group is not None:
-        parallel.share_forward(supply.stream, group)
-    return supply
+    return _from_model(config, begun.get("windows"), group)
 
 
 def _stored(config: TrainConfig) -> Supply:
@@ -121,7 +119,7 @@ def _stored(config: TrainConfig) -> Supply:
     )
 
 
-def _from_model(config: TrainConfig, begun_windows: int | None) -> Supply:
+def _from_model(config: TrainConfig, begun_windows: int | None, group: Group | None) -> Supply:
     """begun_windows: how many windows at once the run began with, on what may have been another number of processes."""
     text = _text(config)
     inputs = tuple(map(_point, config.transcoder_in)) or config.layers or (embedded.DEFAULT_LAYER,)
@@ -142,8 +140,12 @@ def _from_model(config: TrainConfig, begun_windows: int | None) -> Supply:
         seed=config.data_seed, context_size=config.context_size, model_tokens=model_tokens, separator=config.separator,
         bos=config.bos, first_token=config.first_token, norm_multiple=config.norm_multiple, cycle=config.cycle,
     )  # fmt: skip
-    if config.model_tokens is None and isinstance(stream.producer, ModelActivations):
-        stream.producer.windows_at_once = max(1, fits // config.context_size)
+    producer = stream.producer
+    assert isinstance(producer, ModelActivations)
+    if config.model_tokens is None:
+        producer.windows_at_once = max(1, fits // config.context_size)
+    if group is not None:
+        producer.axis = group.world
     return Supply(
         stream=stream,
         inputs=inputs,
@@ -154,7 +156,7 @@ def _from_model(config: TrainConfig, begun_windows: int | None) -> Supply:
         model_sha256=loaded.model_sha256,
         context_size=config.context_size,
         dtype=loaded.dtype,
-        source=config.dataset or ", ".join(Path(name).name for name in config.text),
+        source=text.name if isinstance(text, DatasetText) else ", ".join(Path(name).name for name in config.text),
     )
 
 
@@ -181,8 +183,8 @@ def _block(point: Point) -> int:
     tail = str(point).rpartition(".")[2]
     if not tail.isdecimal() or (isinstance(point, str) and point not in (f"mlp_in.{tail}", f"mlp_out.{tail}")):
         raise InputError(
-            f"A transcoder was to work at {point!r}. Accepted: the number of a block (its output), mlp_in.N or "
-            "mlp_out.N of block N."
+            f"Activations at {point!r} were asked for. Accepted: the number of a block, from 0 (its output), and for "
+            "transcoders also mlp_in.N or mlp_out.N of block N."
         )
     return int(tail)
 

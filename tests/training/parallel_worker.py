@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import traceback
-import types
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from qscope import distributed
 from qscope.errors import InputError, QscopeError
 from qscope.ops import topk_encode
 from qscope.training import Recipe, SAETrainer, checkpoint, losses, parallel
+from qscope.training.activations import ModelActivations
 
 D, N, STEPS, F = 24, 64, 9, 51  # 51 rows do not divide by 2
 HALF = 4  # the dead features listed in this step are in use in the next
@@ -283,16 +283,15 @@ def check_forward(group, folder):
     """The model's work is divided, and every process gets the rows of all windows in their order."""
     seen = []
 
-    def forward(ids):
-        seen.append(len(ids))
-        return {7: torch.stack([ids.float(), -ids.float()], -1)}
-
-    class Model(parallel.ModelActivations):
+    class Model(ModelActivations):
         def __init__(self):
-            self._forward = forward
+            self.axis = group.world
+
+        def _forward_here(self, ids):
+            seen.append(len(ids))
+            return {7: torch.stack([ids.float(), -ids.float()], -1)}
 
     producer = Model()
-    parallel.share_forward(types.SimpleNamespace(producer=producer), group)
     for count in (1, 2, 5):
         ids = torch.arange(count * 3).view(count, 3)
         assert torch.equal(producer._forward(ids)[7], torch.stack([ids.float(), -ids.float()], -1))

@@ -68,19 +68,20 @@ def test_a_stream_serves_all_usable_tokens_once(tiny):
 
 @pytest.mark.parametrize("n", [96, 700])
 def test_a_restored_model_stream_goes_on_to_the_bit(tiny, tmp_path, n):
-    """Every cut, through a checkpoint on disk, in a stream that did other things before."""
+    """Through a checkpoint on disk, in a stream that did other things before."""
     options = dict(points=[2, "mlp_out.0"], cycle=True, tokens=14_000, context_size=24)
     stream = stream_of(tiny, **options)
-    states, found = [], []
+    saved, found = {}, []
     for step in range(14_000 // n):
-        states.append(checkpoint.save(tmp_path, step, {}, stream.state(), 0, {}, keep_last=10**6))
+        if step % (29 if n == 96 else 4) == 0:
+            saved[step] = checkpoint.save(tmp_path, step, {}, stream.state(), 0, {}, keep_last=10**6)
         found.append(stream.next(n))
     end = stream.counts()
-    assert end["epoch"] == 1
-    for cut in range(0, len(states), 11 if n == 96 else 1):
+    assert end["epoch"] == 1 and len(saved) >= 5
+    for cut, path in saved.items():
         other = stream_of(tiny, **options)
         other.next(3)
-        other.restore(checkpoint.load(states[cut]).stream)
+        other.restore(checkpoint.load(path).stream)
         assert equal([other.next(n) for _ in found[cut:]], found[cut:]), cut
         assert other.counts() == end
 

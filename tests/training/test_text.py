@@ -101,6 +101,10 @@ def write_files(folder, texts):
     pq.write_table(pa.table({"text": texts[2 * third :]}), folder / "c.parquet")
 
 
+def equal_windows(a, b):
+    return torch.equal(a.ids, b.ids) and torch.equal(a.usable, b.usable)
+
+
 def test_files_and_datasets_give_the_same_windows(tiny, tmp_path):
     import datasets
 
@@ -110,9 +114,7 @@ def test_files_and_datasets_give_the_same_windows(tiny, tmp_path):
     for text in (TextFiles([tmp_path]), DatasetText(packed), DatasetText(packed.to_iterable_dataset())):
         found = drain(windows_of(tiny, text))
         assert len(found) == len(whole)
-        assert all(
-            torch.equal(a.ids, b.ids) and torch.equal(a.usable, b.usable) for a, b in zip(found, whole, strict=True)
-        )
+        assert all(map(equal_windows, found, whole))
     assert TextFiles([tmp_path]).countable() and not DatasetText(packed.to_iterable_dataset()).countable()
 
 
@@ -130,8 +132,31 @@ def test_rows_without_text_are_counted(tiny):
     assert windows.counts()["rows"] == {"documents": 5, "empty": 1, "skipped": 2, "replaced_bytes": 1}
     with pytest.raises(InputError, match="row 1 has no text in field 'text', and strict"):
         drain(windows_of(tiny, DatasetText(rows, strict=True)))
+    with pytest.raises(InputError, match="row 0 holds a lone surrogate"):
+        drain(windows_of(tiny, DatasetText(rows[-1:], strict=True)))
     with pytest.raises(InputError, match=r"no field 'body'. Its fields: text"):
         drain(windows_of(tiny, DatasetText(rows, field="body")))
+
+
+def test_a_dataset_in_a_folder_is_streamed_and_known_by_its_name(tiny, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(tiny.texts)))
+    text = DatasetText.load(str(folder))
+    assert all(map(equal_windows, drain(windows_of(tiny, text)), drain(windows_of(tiny))))
+    assert text.identity() == ["corpus/default/train", None, "text"] and not text.countable()
+    with pytest.raises(InputError, match=r"dataset .*corpus \(test\) could not be opened: Bad split"):
+        DatasetText.load(str(folder), "test")
+
+
+def test_a_dataset_that_fails_on_the_way_says_where(tiny):
+    class Broken(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            raise RuntimeError("Couldn't cast\nint64")  # of no class of its own, as network libraries do
+
+    with pytest.raises(InputError, match=r"Row 12 of the dataset news could not be read: Couldn't cast int64\. Mend"):
+        drain(windows_of(tiny, DatasetText(Broken(rows_of(tiny.texts)), name="news")))
 
 
 def test_text_that_cannot_be_read_again_is_refused():
@@ -208,6 +233,14 @@ def test_conversations_go_through_the_chat_template(tiny, tmp_path, form):
     assert found.ids[found.usable].tolist() == expected
     assert expected.count(tiny.tokenizer.eos_token_id) == 3, "special tokens of the template are special"
     assert windows.counts()["rows"]["skipped"] == 1 and windows.counts()["rows"]["documents"] == 3
+
+
+def test_lone_surrogates_in_conversations_are_replaced_and_counted(tiny):
+    rows = [{"messages": [{"role": "user", "content": "lone \ud800 surrogate"}]}]
+    windows = windows_of(tiny, DatasetText(rows, chat=True), first_token="keep")
+    found = windows.next()
+    assert "lone \ufffd surrogate" in tiny.tokenizer.decode(found.ids[found.usable])
+    assert windows.counts()["rows"]["replaced_bytes"] == 1
 
 
 def test_chat_that_cannot_be(tiny, tmp_path):

@@ -133,6 +133,10 @@ def test_lines_are_means_over_their_steps(base, done, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_job, "Window", Interrupt)
         run(config)
+    shutil.copytree(config.out, tmp_path / "early")
+    early = train_page.page(run(replace(config, out=tmp_path / "early", finish=True)))
+    stands = list(train_log.read(tmp_path / "early"))[-1]
+    assert stands["step"] == 14 and f"<dd>{14 * BATCH / stands['seconds']:,.0f}</dd>" in early
     assert run(config).resumed_step == 17
     each = {line["step"]: line["loss"] for line in lines(base.out) if line["sae"] == "layer0"}
     found = lines(tmp_path / "run")
@@ -335,7 +339,8 @@ def test_a_result_without_checkpoints_is_not_overwritten_by_another_run(base, do
 def test_layers_and_points_that_do_not_exist(base, tmp_path):
     assert "has the layers 0 to 2" in refused(replace(base, out=tmp_path / "a", layers=(3,)), ModelError)
     points = dict(layers=(), transcoder_in=("attn.1",), transcoder_out=("2",))
-    assert "A transcoder was to work at 'attn.1'" in refused(replace(base, out=tmp_path / "b", **points))
+    assert "Activations at 'attn.1' were asked for" in refused(replace(base, out=tmp_path / "b", **points))
+    assert "Activations at -1 were asked for" in refused(replace(base, out=tmp_path / "b", layers=(-1,)))
     assert not (tmp_path / "a" / "train.json").exists()
 
 
@@ -353,9 +358,21 @@ def test_text_that_runs_dry_leaves_a_checkpoint_to_finish(base, tmp_path, monkey
     monkeypatch.setattr(ModelActivations, "check", lambda self, n: None)  # as for a dataset, which nobody counts
     config = replace(base, out=tmp_path / "run", tokens=200 * BATCH, layers=(0,), checkpoint_steps=1000)
     text = refused(config)
-    step = int(re.search(r"stands at step (\d+) of 200; --finish", text)[1])
+    step = int(re.search(r"checkpoint is of step (\d+) of 200; --finish", text)[1])
     assert 20 < step < 200 and checkpoint.latest(config.out).name == f"step-{step:08}"
     assert run(replace(config, finish=True)).steps == step
+
+
+def test_text_that_fails_on_the_way_says_so_and_names_the_checkpoint(base, tmp_path, corpus):
+    path = tmp_path / "docs.jsonl"
+    rows = [json.loads(line)["text"][:200] for line in Path(corpus).read_text().splitlines()] * 8
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*rows, 3]))
+    options = dict(text=(str(path),), layers=(0,), strict=True, cycle=True, tokens=400 * BATCH)
+    options |= dict(checkpoint_steps=40, log_every=None)
+    text = refused(replace(base, out=tmp_path / "run", **options))
+    assert "docs.jsonl, line 321 has no text in field 'text'" in text
+    step = int(checkpoint.latest(tmp_path / "run").name[-8:])
+    assert f"The newest checkpoint is of step {step} of 400; --finish" in text
 
 
 def test_a_diverging_run_stops_and_keeps_what_was_before(base, tmp_path, monkeypatch):
@@ -395,13 +412,17 @@ def test_a_folder_of_something_else(base, tmp_path):
         replace(base, out=tmp_path / "run"), StoreError
     )
     assert "has no checkpoint" in refused(replace(base, out=tmp_path / "new", finish=True))
+    config = replace(base, out=tmp_path / "run" / "thesis.tex")
+    assert "thesis.tex is a file; a training run is a folder" in refused(config, StorageError)
 
 
 def test_a_disk_that_fills_up(base, done, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     config = replace(base, out=tmp_path / "base")
-    monkeypatch.setattr(train_job.shutil, "disk_usage", lambda path: Usage(10**9, 0, 1000))
-    assert "and 1,000 are free" in refused(config, StorageError)
+    # The batches of which the first weights are made are waiting: 32 of 256 rows of 2 layers, beside a buffer of 2048.
+    needed = 2 * (4 * 32 * 64 * 6 + 2048 * 32 * 4 + 32 * 256 * 32 * 4)
+    monkeypatch.setattr(train_job.shutil, "disk_usage", lambda path: Usage(10**9, 0, needed))
+    assert f"and {needed:,} are free" in refused(config, StorageError)
     assert lines(config.out) == []
     free = iter([10**9, 10**9, 1000])  # at the start, at the first checkpoint, at the second
     monkeypatch.setattr(train_job.shutil, "disk_usage", lambda path: Usage(10**9, 0, next(free)))
