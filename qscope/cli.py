@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,23 @@ COMMANDS = {
         "qscope.report.evaluate_text:render",
         page="qscope.report.evaluate_page:write_files",
     ),
+    "steer find": Command(
+        "features that tell two sets of texts apart, scored and bootstrapped; writes a steering spec",
+        "qscope.workflows.steer_find:SteerFindConfig",
+        "qscope.report.steer_find_text:render",
+        page="qscope.report.steer_find_page:write",
+    ),
+    "steer eval": Command(
+        "what a steering spec reaches and costs, beside difference of means, probes, random directions and a prompt",
+        "qscope.workflows.steer_eval:SteerEvalConfig",
+        "qscope.report.steer_eval_text:render",
+        page="qscope.report.steer_eval_page:write",
+    ),
+    "steer generate": Command(
+        "one prompt, unsteered and steered side by side, with the activations of features",
+        "qscope.workflows.steer_generate:SteerGenerateConfig",
+        "qscope.report.steer_generate_text:render",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",
@@ -87,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark instead
+    warnings.formatwarning = lambda message, *_: f"qscope: {message}\n"  # without the place in the source
     status = dispatch(list(sys.argv[1:] if argv is None else argv))
     many = sys.modules.get("qscope.distributed")  # not imported for commands that run in one process
     (sys.exit if many is None else many.leave)(status)
@@ -117,9 +136,11 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"qscope {__version__}")
         return 0
-    name, *rest = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
-        raise QscopeError(f"There is no command {name!r}. The commands: {', '.join(COMMANDS)}.")
+        parts = [command for command in COMMANDS if command.startswith(f"{name} ")]
+        raise QscopeError(f"There is no command {name!r}. The commands: {', '.join(parts or COMMANDS)}.")
     options = [a.partition("=")[0] for a in rest if a.startswith("--")]
     twice = sorted({option for option in options if options.count(option) > 1})
     if twice:

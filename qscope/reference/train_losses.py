@@ -63,15 +63,22 @@ def nested_loss(codes: Tensor, target: Tensor, weights: Weights, sizes: tuple[in
     return torch.stack(losses).mean()
 
 
-def aux_loss(x: Tensor, weights: Weights, dead: Tensor, error: Tensor, k: int) -> Tensor:
+def aux_loss(x: Tensor, weights: Weights, dead: Tensor, error: Tensor, k: int, lift: float) -> Tensor:
     """AuxK before its weight: Gao et al. 2024, section 4.2, with the denominator of dictionary_learning.
+
+    Where every token selects all of its positive dead features (fewer than k, or all that there are), those that are
+    negative on all tokens add lift times the pre-activation loss of Conerly et al. 2025, the mean of relu(-score).
 
     dead [F] bool; error [N, D_out] = reconstruction - target, a constant.
     """
     missed = -error.detach()
     k = min(k, int(dead.sum()))
-    codes = topk_codes(_scores(x, weights).masked_fill(~dead, -torch.inf), k)
-    return ((codes @ weights[2] - missed).square().sum() / variance(missed)).nan_to_num(0.0)
+    scores = _scores(x, weights)
+    codes = topk_codes(scores.masked_fill(~dead, -torch.inf), k)
+    loss = ((codes @ weights[2] - missed).square().sum() / variance(missed)).nan_to_num(0.0)
+    crowded = ((scores > 0) & dead).sum(1).max() >= k < int(dead.sum())
+    buried = dead & (scores <= 0).all(0) & (not crowded)
+    return loss + lift * (-scores[:, buried]).relu().sum(1).mean()
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -46,7 +46,8 @@ class Recipe:
     jumprelu, at most 256 and d_sae. Tokens that would need more are cut off there and counted (`overflow`)."""
 
     aux_weight: float = 1 / 32
-    """Of the AuxK loss (Gao et al. 2024, section 4.2; Qwen-Scope). 0 switches it off."""
+    """Of the AuxK loss (Gao et al. 2024, section 4.2; Qwen-Scope), and a tenth of it of the pre-activation loss of dead
+    features that are negative on a whole batch, which AuxK cannot reach (Conerly et al. 2025). 0 switches both off."""
     k_aux: int | None = None
     """Dead features that predict the error together; None means half the output width, as dictionary_learning, at most
     256."""

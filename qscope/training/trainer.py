@@ -144,6 +144,8 @@ class SAETrainer:
             first["log_threshold"] = torch.full((recipe.d_sae, 1), math.log(start), device=self.device)
         rows = self.across.rows(recipe.d_sae)
         first = {name: self.across.same(W) for name, W in first.items()}
+        start_log = first.get("log_threshold", torch.zeros(1))
+        self.first_threshold = start_log.flatten()[0].double().exp().cpu()
         self._allocate({name: W if name == "b_dec" else W[rows] for name, W in first.items()})
 
     def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -272,9 +274,12 @@ class SAETrainer:
             given["log_threshold"] = loss.log_threshold[:, None]
         for name, grad in given.items():
             p = self.parameters[name]
+            # A threshold moves by about lr a step, as where it is learnt itself (dictionary_learning, which did badly
+            # with logs). With lr on the log it moves a fifth as far or less, and L0 follows the encoder.
+            rate = lr / float(self.first_threshold) if name == "log_threshold" else lr
             row_adam_(
                 p.W, grad, p.exp_avg, p.exp_avg_sq, p.last_step, every if name == "b_dec" else moving,
-                self.step_number, lr, beta1=recipe.betas[0], beta2=recipe.betas[1], eps=recipe.eps,
+                self.step_number, rate, beta1=recipe.betas[0], beta2=recipe.betas[1], eps=recipe.eps,
                 grad_scale=factor, unit_rows=name == "W_dec", shadow=p.shadow,
             )  # fmt: skip
             if p.ema is not None and recipe.ema is not None:
@@ -375,7 +380,10 @@ class SAETrainer:
 
     @staticmethod
     def _loose() -> tuple[str, ...]:
-        return ("silent", "moved", "dead", "threshold", "in_centre", "in_scale", "out_centre", "out_scale", "bandwidth")
+        return (
+            "silent", "moved", "dead", "threshold", "in_centre", "in_scale", "out_centre", "out_scale", "bandwidth",
+            "first_threshold",
+        )  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict` of a trainer of the same recipe, sizes and length; copies the tensors.
@@ -400,7 +408,7 @@ class SAETrainer:
                 tensor.copy_(_tensor(state, f"{name}.{part}")[slice(None) if name == "b_dec" else rows])
             p.refresh()
         for name in self._loose():
-            place = "cpu" if name in ("in_scale", "out_scale", "bandwidth") else self.device
+            place = "cpu" if name in ("in_scale", "out_scale", "bandwidth", "first_threshold") else self.device
             setattr(self, name, _tensor(state, name).to(place, copy=True))
         self.silent, self.moved = self.silent[rows].clone(), self.moved[rows].clone()
         self.dead_in_all = len(self.dead)

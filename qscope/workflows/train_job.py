@@ -24,7 +24,7 @@ from qscope.training import Recipe, SAETrainer, checkpoint, parallel
 from qscope.training.buffer import Point
 from qscope.workflows.encode import Clock
 from qscope.workflows.train import MANIFEST, TrainConfig, TrainResult
-from qscope.workflows.train_log import Log, Window, last_figures
+from qscope.workflows.train_log import SHORT, Log, Window, last_figures
 from qscope.workflows.train_save import RESULT, save_trained
 from qscope.workflows.train_supply import Supply
 
@@ -255,6 +255,8 @@ class Job:
 
     def _check_divergence(self, unit: Plan, record: dict[str, Any], streak: int, best: float) -> None:
         patience = min(self.config.divergence_steps, -(-self.config.total_steps // 4))
+        if self.step == self.config.total_steps:  # it would be handed out as complete
+            patience = min(patience, SHORT)
         if streak < patience:
             return
         loss = record["loss"]

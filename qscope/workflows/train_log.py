@@ -31,6 +31,9 @@ FIGURES = (*MEANS, "dead_share", *SUMS)
 HARMLESS = 0.05
 """A loss (in units of the variance) up to which nothing has diverged, however low it was before."""
 
+SHORT = 8
+"""Steps whose mean loss may become the lowest. Not a whole line: one in which a run diverges has no low mean."""
+
 
 class Window:
     """Figures of one SAE since the last line. Everything stays on the device until `line`."""
@@ -42,7 +45,10 @@ class Window:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.dead_share = torch.zeros((), dtype=torch.float64, device=device)
         self.best = torch.full((), math.inf, dtype=torch.float64, device=device)
-        """Lowest mean loss of a line"""
+        """The loss of the first step, before any update, or the lowest mean of `SHORT` steps (fewer at the end of a
+        line) if that is less"""
+        self.recent = torch.zeros(2, dtype=torch.float64, device=device)
+        """Sum and number of the finite losses that are not yet in such a mean"""
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
         """Steps in a row, up to now, whose loss was not finite or far above `best`"""
 
@@ -53,16 +59,23 @@ class Window:
         self.good += finite
         self.sums += torch.stack([getattr(stats, name).double() for name in SUMS])
         self.dead_share = stats.dead_share.double()
+        self.best = torch.where(self.best.isinf() & finite, values[0], self.best)
         low = values[0] <= (self.factor * self.best).clamp_min(HARMLESS)
         self.streak = torch.where(finite & low, 0, self.streak + 1)
+        self.recent += torch.where(finite, torch.stack([values[0], torch.ones_like(values[0])]), 0.0)
+        self._lower_best(self.recent[1] >= SHORT)
+
+    def _lower_best(self, when: Tensor) -> None:
+        mean = self.recent[0] / self.recent[1]  # 0 / 0 of no step lowers nothing
+        self.best = torch.where(when & (mean < self.best), mean, self.best)
+        self.recent = torch.where(when, 0.0, self.recent)
 
     def line(self) -> dict[str, float | None]:
         """The figures, and a fresh start for the next line. Waits for the device."""
         found = torch.cat([self.means, self.sums, self.dead_share[None], self.good.double()[None]]).tolist()
         good = found.pop()
         means = [value / good if good else None for value in found[: len(MEANS)]]
-        if means[0] is not None:
-            self.best.clamp_(max=means[0])
+        self._lower_best(self.recent[1] > 0)
         self.means.zero_()
         self.good.zero_()
         return dict(zip((*MEANS, *SUMS, "dead_share"), [*means, *found[len(MEANS) :]], strict=True))
@@ -80,7 +93,7 @@ class Window:
             setattr(self, name, state[name].to(self.best.device, copy=True))
 
 
-_STATE = ("means", "good", "sums", "dead_share", "best", "streak")
+_STATE = ("means", "good", "sums", "dead_share", "best", "recent", "streak")
 
 
 class Log:
@@ -172,11 +185,21 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
     """Lines of a run's log; one that a killed run left half is left out."""
     try:
         with (folder / FILE).open("rb") as stream:
-            for line in stream:
+            for number, line in enumerate(stream, 1):
                 if line.endswith(b"\n"):
-                    yield json.loads(line)
+                    yield _record(line, folder / FILE, number)
     except FileNotFoundError:
         return
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and {"sae", "step", *FIGURES} <= record.keys():
+            return record
+    except ValueError:
+        pass
+    raise InputError(f"Line {number} of {path} is damaged. Restore the file, or begin the run again in another folder.")
 
 
 def last_figures(folder: Path, name: str, first_step: int) -> dict[str, float]:

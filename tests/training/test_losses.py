@@ -8,6 +8,7 @@ from qscope.reference import train_losses as dense
 from qscope.reference.decode_loss import total_variance
 from qscope.training import losses
 from qscope.training.losses import Penalty, Weights
+from qscope.training.parallel import Alone
 
 N, D, D_OUT, F, K = 48, 20, 28, 96, 6
 # Float32 sums of at most a few hundred terms of either sign, each product rounded once: 1e-5 of the largest entry
@@ -171,27 +172,46 @@ def test_jumprelu_counts_tokens_that_the_limit_cuts(problem):
     assert int((got.codes.acts > 0).sum(1).max()) <= 8
 
 
-def test_aux_reaches_encoder_rows_biases_and_decoder_rows_of_dead_features(problem):
-    x, target, w = problem
-    dead = torch.zeros(F, dtype=torch.bool)
-    dead[5:60:2] = True
+def aux_compared(problem, w, dead, k):
+    """Value and gradients against autograd. How many features are negative on all tokens, and how many of them are
+    lifted."""
+    x, target, _ = problem
     main = losses.reconstruction_loss(losses.select_topk(x, w, K, "exact"), w, x, target, scale_of(target))
-    ids, k, weight = dead.nonzero()[:, 0], 9, 1 / 32
+    ids, weight = dead.nonzero()[:, 0], 1 / 32
     loss, grads, reached = losses.aux_loss(x, w, ids, main.error, k, weight, "exact")
     leaves = doubled(w)
-    want = weight * dense.aux_loss(x.double(), leaves, dead, main.error.double(), k)
+    want = weight * dense.aux_loss(x.double(), leaves, dead, main.error.double(), k, losses.LIFT)
     torch.testing.assert_close(loss.double(), want.detach(), rtol=NEAR, atol=0)
     right = torch.autograd.grad(want, leaves[:3])
     for name, got, full in zip(Weights._fields, (grads.W_enc, grads.b_enc, grads.W_dec), right, strict=False):
         assert float(full[~dead].abs().max()) == 0 and float(full[dead].abs().max()) > 1e-5
         assert float((got.double() - full[dead]).abs().max()) <= NEAR * float(full.abs().max()), name
-    assert torch.equal(reached, right[2][dead].abs().sum(1) > 0)
+    assert torch.equal(reached, right[1][dead] != 0)
+    buried = (x @ w.W_enc.T + w.b_enc <= 0).all(0) & dead
+    return int(buried.sum()), int((reached & buried[dead]).sum())
+
+
+def test_aux_reaches_encoder_rows_biases_and_decoder_rows_of_dead_features(problem):
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[5:60:2] = True
+    dead[:30:3] = True  # of those with a higher bias
+    buried, lifted = aux_compared(problem, problem[2], dead, 6)
+    assert buried > 1 and lifted == 0, "tokens with 6 positive dead features: this is Gao's loss alone"
+
+
+@pytest.mark.parametrize("k", [12, 40], ids=["some of them", "all of them"])
+def test_aux_lifts_dead_features_that_are_negative_on_all_tokens(problem, k):
+    w, dead = problem[2], torch.arange(F) % 4 == 1
+    b_enc = w.b_enc.clone()
+    b_enc[dead & (torch.arange(F) > 60)] = -9.0
+    buried, lifted = aux_compared(problem, w._replace(b_enc=b_enc), dead, k)
+    assert 9 <= buried < int(dead.sum()) and lifted == buried
 
 
 def test_aux_of_a_perfect_reconstruction_is_zero_not_nan(problem):
     x, target, w = problem
     loss, grads, _ = losses.aux_loss(x, w, torch.arange(9), torch.zeros_like(target), 4, 1 / 32, "exact")
-    want = dense.aux_loss(x, w, torch.arange(F) < 9, torch.zeros_like(target), 4)
+    want = dense.aux_loss(x, w, torch.arange(F) < 9, torch.zeros_like(target), 4, losses.LIFT)
     # 0 / 0 is 0; where the dead features are not silent the reference is infinite, ours has no weight.
     assert not bool(loss.isnan()) and not bool(want.isnan())
     assert all(float(g.abs().max()) == 0 for g in grads)
@@ -222,3 +242,44 @@ def test_parts_of_a_batch_add_up(problem):
         SparseGrads._fields, grads(slice(None)), grads(slice(0, 20)), grads(slice(20, None)), strict=True
     ):
         assert float((whole - first - second).abs().max()) <= NEAR * float(whole.abs().max()), name
+
+
+class Half(Alone):
+    """One of two processes with half of the tokens each, that have exchanged `flags` and the variance already."""
+
+    flags: list[torch.Tensor]
+    whole: torch.Tensor
+
+    def tokens(self, here):
+        return 2 * here
+
+    def variance(self, y):
+        return total_variance(self.whole)
+
+    def any_token(self, flags):
+        self.flags.append(flags)
+        return torch.stack(self.flags).any(0)
+
+
+def test_aux_of_parts_of_a_batch_adds_up(problem):
+    """A feature that is positive for the tokens of one process alone is lifted by neither."""
+    x, target, w = problem
+    dead = torch.arange(0, F, 4)
+    b_enc = w.b_enc.clone()
+    b_enc[:20] = -9.0
+    b_enc[20:60] -= 0.95 * (x @ w.W_enc.T + b_enc).amax(0)[20:60]
+    w = w._replace(b_enc=b_enc)
+    error = torch.randn_like(target)
+    loss, grads, reached = losses.aux_loss(x, w, dead, error, 24, 1 / 32, "exact")
+    across = Half()
+    across.whole, parts = -error, []
+    halves = [slice(0, N // 2), slice(N // 2, N)]
+    positive = [(x[rows] @ w.W_enc[dead].T + w.b_enc[dead] > 0).any(0) for rows in halves]
+    assert int((positive[0] ^ positive[1]).sum()) > 0 < int((~positive[0] & ~positive[1]).sum())
+    for rows, other in zip(halves, reversed(positive), strict=True):
+        across.flags = [torch.cat([torch.zeros(1, dtype=torch.bool), other])]
+        parts.append(losses.aux_loss(x[rows], w, dead, error[rows], 24, 1 / 32, "exact", across))
+    torch.testing.assert_close(parts[0][0] + parts[1][0], loss, rtol=NEAR, atol=0)
+    for name, whole, first, second in zip(SparseGrads._fields, grads, parts[0][1], parts[1][1], strict=True):
+        assert float((whole - first - second).abs().max()) <= NEAR * float(whole.abs().max()), name
+    assert torch.equal(parts[0][2] | parts[1][2], reached)

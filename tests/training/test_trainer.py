@@ -77,26 +77,29 @@ def test_planted_dictionary_is_recovered(more, cosine):
     assert log["fvu"] < 0.14 and 2.5 < log["l0"] <= 3.5 and log["step"] == 400 and log["tokens"] == 400 * 384
 
 
-def killed(aux_weight):
-    """A trained SAE whose first 24 features are made so weak that none of them is among the largest.
-    The 24 others are too few for the 40 planted directions."""
+def killed(aux_weight, bias=None):
+    """A trained SAE whose first 24 features are made so weak that none of them is among the largest or, with a bias,
+    negative on every token. The 24 others are too few for the 40 planted directions."""
     data = Planted()
     recipe = Recipe(**SMALL | {"d_sae": 48}, aux_weight=aux_weight, dead_after_tokens=384 * 4, dead_every=2)
     t = trainer(recipe, 300, data.batch(2048))
     for _ in range(100):
         t.step(data.batch())
-    t.parameters["W_enc"].W[:24] *= 0.02
-    t.parameters["b_enc"].W[:24] = 0
+    if bias is None:
+        t.parameters["W_enc"].W[:24] *= 0.02
+    t.parameters["b_enc"].W[:24] = bias or 0.0
     log = [t.step(data.batch()) for _ in range(200)]
     return torch.stack([stats.dead_share for stats in log]), float(log[-1].fvu)
 
 
-def test_auxk_revives_planted_dead_features_and_without_it_they_stay_dead():
-    shares, fvu = killed(1 / 32)
+@pytest.mark.parametrize(("bias", "fewer"), [(None, 0.4), (-1.0, 0.4), (-1.5, 0.6)], ids=str)
+def test_auxk_revives_planted_dead_features_and_without_it_they_stay_dead(bias, fewer):
+    """A bias of -1.5 is 150 steps of the learning rate away; scores are at most about 1.5."""
+    shares, fvu = killed(1 / 32, bias)
     assert float(shares.max()) >= 20 / 48 and float(shares[-1]) <= 8 / 48
-    still_dead, worse = killed(0.0)
+    still_dead, worse = killed(0.0, bias)
     assert float(still_dead[-1]) >= 20 / 48
-    assert fvu < 0.4 * worse
+    assert fvu < fewer * worse
 
 
 def test_steps_are_those_of_dense_autograd_clipping_projection_and_adam():
@@ -155,12 +158,15 @@ def same(a, b):
 def test_a_run_that_is_stopped_and_restored_ends_with_the_same_bits(more, precision):
     """Features are dead, AuxK is at work and rows are left untouched for many steps on both sides of the break."""
     data = Planted()
-    recipe = Recipe(**SMALL | {"d_sae": 80} | more, ema=0.9, dead_after_tokens=384 * 3, dead_every=4,
+    recipe = Recipe(**SMALL | {"d_sae": 80} | more, ema=0.9, dead_after_tokens=384 * 3, dead_every=4, momentum_steps=1,
                     precision=precision)  # fmt: skip
     sample, batches = data.batch(1024), data.batches(31)
     whole = trainer(recipe, 40, sample)
     whole.parameters["b_enc"].W[:20] -= 20.0
-    for x in batches[:14]:  # the list of dead features of step 12 is still in use afterwards
+    for x in batches[:12]:
+        whole.step(x)
+    whole.parameters["b_enc"].W[20:30] -= 20.0  # these stand still, and are listed as dead after the break
+    for x in batches[12:14]:  # the list of dead features of step 12 is still in use afterwards
         whole.step(x)
     saved = through_files(whole.state_dict())
     assert len(whole.dead) > 5
@@ -360,6 +366,21 @@ def test_jumprelu_hands_out_its_thresholds_and_is_no_topk_sae():
     assert len(out["threshold"].unique()) > 10, "thresholds must have moved apart"
     with pytest.raises(InputError, match="threshold per feature"):
         t.to_sae()
+
+
+def test_jumprelu_thresholds_move_by_the_rate_and_hold_the_target():
+    """Adam's first step is the learning rate long; were the rate that of their logs, L0 would be 3.8 here."""
+    data = Planted()
+    recipe = Recipe(**SMALL | {"lr": 3e-3}, objective="jumprelu", row_limit=40, warmup_steps=0, decay=0.0)
+    t = trainer(recipe, 150, data.batch(2048))
+    log = t.parameters["log_threshold"]
+    first = log.W.exp()
+    l0 = [float(t.step(data.batch()).l0)]
+    moved = (log.W.exp() - first).abs()
+    near = moved > 0  # features that had an entry near their threshold
+    assert int(near.sum()) > 16 and float((moved[near] / 3e-3 - 1).abs().max()) < 0.05
+    l0 += [float(t.step(data.batch()).l0) for _ in range(149)]
+    assert sum(l0[125:]) / 25 == pytest.approx(3, rel=0.1)
 
 
 # --- counting and bad input ------------------------------------------------------------------------------
