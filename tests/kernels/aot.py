@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def loads_in_flight(code: list[str]) -> int:
     return longest
 
 
-def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
-    """Compile one kernel; return its registers, stack, shared memory and what its code is made of."""
+def compile_spec(spec: Spec, arch: int) -> Any:
+    """Compile one kernel to what triton.compile returns."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,20 +78,29 @@ def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
         constexprs=spec.constexprs,
         attrs={key: [["tt.divisibility", 16]] for key in aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=spec.options)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=spec.options)
+
+
+def examine(spec: Spec, arch: int, binary: Any) -> dict[str, Any]:
+    """Registers, stack and shared memory of a compiled kernel, and what its code is made of."""
+    import triton
+
+    unspecialised = {param.name for param in spec.kernel.params if param.do_not_specialize}
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [str(cuobjdump), "-sass", "-res-usage", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code = INSTRUCTION.findall(dump)
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        # `cuobjdump -sass` prints the same code and takes a third longer, for an analysis that is not read here.
+        code = INSTRUCTION.findall(_output(tools / "nvdisasm", "-c", "-ndf", file.name))
+    assert code, f"{spec.name}: nvdisasm printed no code"
     return {
         "name": f"{spec.name}-sm_{arch}",
-        "kernel": kernel.__name__,
-        "registers": int(re.search(r"REG:(\d+)", dump).group(1)),
+        "arch": arch,
+        "kernel": spec.kernel.__name__,
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "register_limit": spec.registers,
-        "stack": int(re.search(r"STACK:(\d+)", dump).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared": binary.metadata.shared,
         "spills": [op for op in code if op.startswith(("STL", "LDL"))],
         "atomics": sorted({op for op in code if re.match(r"(ATOM|RED\.|RED$|REDG)", op)}),
@@ -106,6 +116,10 @@ def compile_spec(spec: Spec, arch: int) -> dict[str, Any]:
     }
 
 
+def _output(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
 def modules() -> list[str]:
     return sorted(path.stem for path in SPECS.glob("*.py"))
 
@@ -118,9 +132,14 @@ def specs(module: str, arch: int) -> Iterator[Spec]:
 
 
 def main(arch: int, wanted: list[str]) -> None:
-    for module in wanted or modules():
-        for spec in specs(module, arch):
-            print(json.dumps({"module": module} | compile_spec(spec, arch)), flush=True)
+    with ThreadPoolExecutor(1) as pool:  # a kernel is disassembled while the next one is compiled
+        found = [
+            (module, pool.submit(examine, spec, arch, compile_spec(spec, arch)))
+            for module in wanted or modules()
+            for spec in specs(module, arch)
+        ]
+    for module, record in found:
+        print(json.dumps({"module": module} | record.result()))
 
 
 if __name__ == "__main__":
