@@ -5,7 +5,7 @@ import inspect
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,11 @@ class Steering:
         self._choices = [_choice(edit, tokenizer) for edit in self.edits]
         self._columns, self._readings = self._planned(residual_width(model))
         self._handles: list[Any] = []
-        self._where: Pass | None = None
-        self._opened: dict[Gate, Tensor] = {}
         self._passes: list[_Record] = []
-        self._generating, self._prompt, self._padded = False, 0, False
-        self._calls = 0
+        self._now: tuple[int, int] | None = None
+        """(rows, tokens) of the pass that was begun and whose `fired` is not yet kept"""
+        self._generating, self._told, self._prompt, self._padded = False, False, 0, False
+        self._called = False
 
     # --- what to do at which layer -----------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Steering:
             self._check_applied("in the with-block")
 
     def _check_applied(self, when: str) -> None:
-        if self.edits and self._calls == 0:
+        if self.edits and not self._called:
             raise SteeringNotApplied(
                 f"Nothing was steered {when}: no forward pass went through the hooks of {type(self.model).__name__}. "
                 "The model was not called, or its forward was compiled before the steering was attached (compile it "
@@ -176,110 +176,114 @@ class Steering:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the trunk: where the tokens of this pass stand, unless generate's wrapper has said it."""
-        self._opened = {}
-        if self._generating and self._where is not None:
+        if self._generating and self._told:
             return
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        self._begin_pass(from_call(arguments, self._prompt if self._generating else self.prompt_length))
+        try:
+            self._begin_pass(from_call(arguments, self._prompt if self._generating else self.prompt_length))
+        except InputError:
+            self._called = True  # said already
+            raise
 
     def _begin_pass(self, where: Pass) -> None:
-        self._where = where
-        if where.start == 0:
+        """Which tokens of the pass to come each edit changes, as far as that does not depend on residuals."""
+        if torch.compiler.is_compiling():  # the history would grow in compiled code: only the last pass is kept
             self._passes = []
-        self._passes.append(_Record(where.length))
+        else:
+            self._harvest()
+            if where.start == 0:
+                self._passes = []
+        self._now = (where.rows, where.length)
+        chosen = [choice.of(where) for choice in self._choices]
+        for columns in (c for group in self._columns.values() for c in group):
+            each = [chosen[column.edit] for column in columns.columns]
+            if self._of_sequence is not None:
+                each = [
+                    self._of_rows(m, self._spec_of_edit[c.edit], where)
+                    for m, c in zip(each, columns.columns, strict=True)
+                ]
+            columns.choose(each, where.rows, where.length)
+
+    def _of_rows(self, chosen: bool | Tensor, spec: int, where: Pass) -> bool | Tensor:
+        """`chosen`, for the rows of the batch that belong to sequences of this spec."""
+        assert self._of_sequence is not None
+        each, left = divmod(where.rows, len(self._of_sequence))
+        if left or each == 0:
+            raise InputError(
+                f"{len(self._of_sequence)} specs were given, one for each sequence, and the model was called with "
+                f"{where.rows} rows; a multiple of the number of specs is expected."
+            )
+        own = [s == spec for s in self._of_sequence for _ in range(each)]
+        if chosen is False or all(own):
+            return chosen
+        rows = torch.tensor(own, device=where.device)[:, None]
+        return rows if chosen is True else rows & chosen
 
     def _after(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        """After a block: the residual, steered."""
+        """After a block: the residual, steered. In a compiled model nothing here may differ from token to token."""
         if not self.attached:  # a compiled model may hold on to the hook
             return None
         h = output[0] if isinstance(output, tuple) else output
-        if not isinstance(h, Tensor) or h.ndim != 3 or self._where is None:
+        if not isinstance(h, Tensor) or h.ndim != 3:
             raise ModelError(
                 f"Block {layer} of {type(self.model).__name__} puts out {type(h).__name__}, not a residual stream "
                 "[batch, sequence, width] alone or first in a tuple. It cannot be steered."
             )
-        self._calls += 1
-        self._passes[-1].rows = len(h)
-        members: dict[int, Tensor] = {}
+        self._called = True
         if layer in self._readings:
-            opened, members = self._readings[layer].read(h)
-            self._opened |= opened
-        if layer not in self._columns:
+            self._readings[layer].read(h)
+        live = [columns for columns in self._columns.get(layer, ()) if columns.live]
+        if not live:
             return None
         steered = h if h.is_contiguous() else h.contiguous()
         if h.requires_grad and torch.is_grad_enabled():
             steered = h.clone()
-        for columns in self._columns[layer]:
-            self._apply(columns, steered, members)
+        for columns in live:
+            columns.apply(steered, self._readings, self.record)
         if steered is h:
             return None
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    def _apply(self, columns: plan.Columns, h: Tensor, members: dict[int, Tensor]) -> None:
-        assert self._where is not None
-        each = [self._mask(column, h, members) for column in columns.columns]
-        if all(mask is False for mask in each):
-            return
-        mask = None
-        if not all(mask is True for mask in each):
-            full = [torch.full(h.shape[:2], m, device=h.device) if isinstance(m, bool) else m for m in each]
-            mask = torch.stack([m.expand(h.shape[:2]) for m in full], dim=-1)
-        fired = None
-        if self.record:
-            fired = torch.empty(*h.shape[:2], len(each), dtype=torch.uint8, device=h.device)
-            self._passes[-1].fired += [(column.edit, fired[..., i]) for i, column in enumerate(columns.columns)]
-        columns.apply(h, mask, fired)
-
-    def _mask(self, column: plan.Column, h: Tensor, members: dict[int, Tensor]) -> bool | Tensor:
-        """Tokens of one column, without the conditions that the operator reads itself: [B or 1, S or 1]."""
-        assert self._where is not None
-        mask = self._choices[column.edit].of(self._where)
-        if mask is False:
-            return False
-        conditions = []
-        if self._of_sequence is not None:
-            conditions.append(self._rows(self._spec_of_edit[column.edit], h))
-        if column.needs is not None:
-            conditions.append(self._opened[column.needs])
-        if column.member is not None:
-            feature, inside = column.member
-            conditions.append(members[feature] if inside else ~members[feature])
-        for condition in conditions:
-            mask = condition if mask is True else mask & condition
-        return mask
-
-    def _rows(self, spec: int, h: Tensor) -> Tensor:
-        """[B, 1]: rows of the batch that belong to sequences of this spec."""
-        assert self._of_sequence is not None
-        each, left = divmod(h.shape[0], len(self._of_sequence))
-        if left or each == 0:
-            raise InputError(
-                f"{len(self._of_sequence)} specs were given, one for each sequence, and the model was called with "
-                f"{h.shape[0]} rows; a multiple of the number of specs is expected."
-            )
-        chosen = torch.tensor([s == spec for s in self._of_sequence for _ in range(each)], device=h.device)
-        return chosen[:, None]
 
     # --- generate ----------------------------------------------------------------------------------------
 
     def _begin_generation(self, prompt: int, padded: bool) -> None:
         self._generating, self._prompt, self._padded = True, prompt, padded
-        self._where, self._passes, self._calls = None, [], 0
+        self._told, self._now, self._passes, self._called = False, None, [], False
+
+    def _tell(self, where: Pass) -> None:
+        self._told = True
+        self._begin_pass(where)
 
     def _end_generation(self, complete: bool) -> None:
-        self._generating, self._where = False, None
+        self._generating = self._told = False
         if complete:
             self._check_applied("by generate")
+        self._called = True  # an error has been raised otherwise
 
     # --- what happened -----------------------------------------------------------------------------------
+
+    def _harvest(self) -> None:
+        """Keeps where the pass behind has changed the residual."""
+        if self._now is None or not self.record:
+            return
+        found = [
+            ([column.edit for column in columns.columns], fired)
+            for group in self._columns.values()
+            for columns in group
+            if (fired := columns.harvest(*self._now)) is not None
+        ]
+        self._passes.append(_Record(*self._now, found))
+        self._now = None
 
     @property
     def fired(self) -> Tensor:
         """bool [rows, tokens, edits], on the CPU: where each of `edits` changed the residual, in the last generate or
-        the last direct calls. Tokens of all passes since an empty cache stand one after the other; the last generated
-        token is not among them, for it is never fed in. Rows of a beam search are those of the moment."""
+        the last direct calls. Tokens of all passes since an empty cache stand one after the other (of a model compiled
+        by the caller, those of the last pass); the last generated token is not among them, for it is never fed in.
+        Rows of a beam search are those of the moment."""
         if not self.record:
             raise InputError("record=False was given, so it was not kept where the steering fired.")
+        self._harvest()
         found = [each.dense(len(self.edits)) for each in self._passes]
         return torch.cat(found, dim=1) if found else torch.zeros(0, 0, len(self.edits), dtype=torch.bool)
 
@@ -288,15 +292,17 @@ class Steering:
 class _Record:
     """Of one forward pass."""
 
+    rows: int
     tokens: int
-    rows: int = 0
-    fired: list[tuple[int, Tensor]] = field(default_factory=list)
-    """(index of the edit, uint8 [rows, tokens])"""
+    fired: list[tuple[list[int], Tensor]]
+    """([edit of each column], bool or uint8 [rows, tokens, columns])"""
 
     def dense(self, edits: int) -> Tensor:
         found = torch.zeros(self.rows, self.tokens, edits, dtype=torch.bool)
-        for edit, where in self.fired:
-            found[..., edit] |= where.cpu().bool()
+        for each, where in self.fired:
+            where = where.cpu().bool()
+            for i, edit in enumerate(each):
+                found[..., edit] |= where[..., i]
         return found
 
 
@@ -410,8 +416,7 @@ def _wrap_generation(model: Any) -> None:
         prepared = prepare(input_ids, *args, **kwargs)
         for steering in sessions:
             if steering._generating:
-                attention = kwargs.get("attention_mask") if steering._padded else None
-                steering._begin_pass(_pass_of(prepared, input_ids, attention, steering._prompt))
+                steering._tell(_pass_of(prepared, input_ids, kwargs.get("attention_mask"), steering))
         return prepared
 
     model.generate = types.MethodType(generating, model)
@@ -426,14 +431,17 @@ def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, bool
     return max((x.shape[1] for x in given), default=1), padded
 
 
-def _pass_of(prepared: dict[str, Any], input_ids: Tensor, attention: Tensor | None, prompt: int) -> Pass:
+def _pass_of(prepared: dict[str, Any], input_ids: Tensor, attention: Any, steering: Steering) -> Pass:
     fed = prepared.get("input_ids")
     fed = prepared["inputs_embeds"] if fed is None else fed
-    cache = prepared.get("past_key_values")
-    held = 0 if cache is None else int(cache.get_seq_length())
-    end = max(input_ids.shape[1], held + fed.shape[1])  # embeddings of the prompt, and its chunks, are not in input_ids
-    mask = None if attention is None or attention.shape[1] < end else attention[:, :end]
-    return Pass(end - fed.shape[1], fed.shape[1], prompt, mask, input_ids, None, fed.device)
+    attention = attention if isinstance(attention, Tensor) and attention.dim() == 2 else None
+    end = input_ids.shape[1]
+    if attention is not None:  # embeddings of the prompt, and what a cache holds already, are not in input_ids
+        end = max(end, attention.shape[1])
+    elif (cache := prepared.get("past_key_values")) is not None:
+        end = max(end, int(cache.get_seq_length()) + fed.shape[1])
+    mask = attention if steering._padded and attention is not None and attention.shape[1] == end else None
+    return Pass(end - fed.shape[1], fed.shape[1], steering._prompt, mask, input_ids, None, fed.device, len(fed))
 
 
 def _forget_compiled(model: nn.Module) -> None:

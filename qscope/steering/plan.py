@@ -13,9 +13,6 @@ from qscope.sae import SAE
 from qscope.steering.spec import Edit, Gate
 from qscope.steering.vectors import load_vector
 
-Active = Mapping[Gate, Tensor]
-"""Gate -> bool [B, S] where it is open"""
-
 
 @dataclass
 class Column:
@@ -23,6 +20,7 @@ class Column:
 
     edit: int
     """Index in the list of all edits"""
+    layer: int
     setting: ops.SteerSetting
     direction: Tensor
     """[D] float32"""
@@ -37,11 +35,24 @@ class Column:
 
 @dataclass
 class Columns:
-    """Columns of one layer that are applied together, as the operator takes them."""
+    """Columns of one layer that are applied together, as the operator takes them.
+
+    What is known before a forward pass, `live` and `mask`, is set by `choose`; `apply` runs inside it, where a compiled
+    model must find the same code at every generated token.
+    """
 
     columns: list[Column]
     device: torch.device
+    live: bool = False
+    """Whether any token of this pass is chosen"""
+    mask: Tensor | None = None
+    """bool [B, S, columns] the chosen tokens; None: all of them"""
+    fired: Tensor | None = None
+    """uint8 [B, S, columns], from the operator; where it is not needed to know them, None"""
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = field(init=False)
+    conditional: bool = field(init=False)
+    always: Tensor | None = field(init=False)
+    """bool [columns]: whether a chosen token is changed; None where that depends on the residual"""
 
     def __post_init__(self) -> None:
         directions = torch.stack([c.direction for c in self.columns]).to(self.device)
@@ -51,18 +62,61 @@ class Columns:
             _stacked([c.reader for c in self.columns], directions),
             _stacked([c.gate for c in self.columns], directions),
         )
+        self.conditional = any(c.needs is not None or c.member is not None for c in self.columns)
+        plain = all(c.setting.slope == 0 and not c.setting.gate_on for c in self.columns)
+        always = torch.tensor([c.setting.constant != 0 for c in self.columns])
+        self.always = always if plain and not self.conditional else None
 
-    def apply(self, h: Tensor, mask: Tensor | None, fired: Tensor | None) -> None:
-        """Steers h [B, S, D] in place; mask [B, S, columns] bool; fired [B, S, columns] uint8 is filled."""
+    def choose(self, each: Sequence[bool | Tensor], rows: int, tokens: int) -> None:
+        """each: of every column, True, False or bool [B or 1, S or 1]: the tokens chosen for the pass to come."""
+        self.fired = None
+        self.live = any(chosen is not False for chosen in each)
+        self.mask = None
+        if self.live and not all(chosen is True for chosen in each):
+            full = (torch.tensor(c, device=self.device) if isinstance(c, bool) else c.to(self.device) for c in each)
+            self.mask = torch.stack([chosen.expand(rows, tokens) for chosen in full], dim=-1)
+
+    def apply(self, h: Tensor, readings: "Mapping[int, Reading]", record: bool) -> None:
+        """Steers h [B, S, D] in place."""
         directions, settings, readers, gates = self.tensors
+        mask = self._conditions(h, readings) if self.conditional else self.mask
+        fired = None
+        if record and self.always is None:
+            fired = torch.empty(*h.shape[:2], len(self.columns), dtype=torch.uint8, device=h.device)
         if len(self.columns) <= MAX_DIRECTIONS and not (h.requires_grad and torch.is_grad_enabled()):
             ops.steer_add_(h, directions, settings, readers=readers, gates=gates, mask=mask, fired=fired)
-            return
-        # The operator takes 32 directions and records no gradients; its plain PyTorch meaning has no such limits.
-        rows = h.view(-1, h.shape[-1])
-        mask = None if mask is None else mask.reshape(len(rows), -1)
-        fired = None if fired is None else fired.view(len(rows), -1)
-        reference.steer_add_(rows, directions, settings, readers, gates, mask, fired)
+        else:  # the operator takes 32 directions and records no gradients; its plain PyTorch meaning does
+            rows = h.view(-1, h.shape[-1])
+            mask = None if mask is None else mask.reshape(len(rows), -1)
+            flat = None if fired is None else fired.view(len(rows), -1)
+            reference.steer_add_(rows, directions, settings, readers, gates, mask, flat)
+        self.fired = fired
+
+    def _conditions(self, h: Tensor, readings: "Mapping[int, Reading]") -> Tensor:
+        """The mask, narrowed by what was read from the residual: bool [B, S, columns]."""
+        each = []
+        for i, column in enumerate(self.columns):
+            mask = (
+                torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if self.mask is None else self.mask[..., i]
+            )
+            if column.needs is not None and column.needs.layer is not None:
+                mask = mask & readings[column.needs.layer].opened[column.needs].to(h.device)
+            if column.member is not None:
+                feature, inside = column.member
+                member = readings[column.layer].members_now[feature]
+                mask = mask & (member if inside else ~member)
+            each.append(mask)
+        return torch.stack(each, dim=-1)
+
+    def harvest(self, rows: int, tokens: int) -> Tensor | None:
+        """bool or uint8 [B, S, columns]: where the pass behind changed the residual; None: nowhere."""
+        if not self.live:
+            return None
+        if self.always is None:
+            # A CUDA graph writes the next pass to the same place.
+            return self.fired.clone() if self.fired is not None and self.fired.is_cuda else self.fired
+        chosen = torch.ones(rows, tokens, 1, dtype=torch.bool) if self.mask is None else self.mask.cpu()
+        return chosen & self.always
 
 
 def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
@@ -93,7 +147,7 @@ def columns_of(index: int, edit: Edit, sae: SAE | None, width: int) -> list[Colu
         "ablate": lambda: ops.SteerSetting.ablate(bias),
         "orthogonalise": ops.SteerSetting.orthogonalise,
     }[edit.mode]()
-    column = Column(index, setting, direction, reader if edit.mode != "add" else None)
+    column = Column(index, edit.layer, setting, direction, reader if edit.mode != "add" else None)
     _add_gate(column, edit, sae)
     if edit.activation == "preact" or edit.mode in ("add", "orthogonalise"):
         return [column]
@@ -102,7 +156,7 @@ def columns_of(index: int, edit: Edit, sae: SAE | None, width: int) -> list[Colu
     if edit.mode != "clamp" or edit.amount == 0:
         return [column]
     setting = ops.SteerSetting.add(edit.amount)
-    silent = Column(index, setting, direction, needs=column.needs, member=(edit.feature, False))
+    silent = Column(index, edit.layer, setting, direction, needs=column.needs, member=(edit.feature, False))
     _add_gate(silent, edit, sae)
     return [column, silent]
 
@@ -133,9 +187,13 @@ class Reading:
     """Features whose activation after TopK is asked for"""
     sae: SAE
     """On the device of the layer"""
+    opened: dict[Gate, Tensor] = field(default_factory=dict)
+    """Of the pass: gate -> bool [B, S]"""
+    members_now: dict[int, Tensor] = field(default_factory=dict)
+    """Of the pass: feature -> bool [B, S], whether it is among the k with a value above 0"""
 
-    def read(self, h: Tensor) -> tuple[dict[Gate, Tensor], dict[int, Tensor]]:
-        """(gate -> bool [B, S], feature -> bool [B, S] whether it is among the k with a value above 0)."""
+    def read(self, h: Tensor) -> None:
+        """h: [B, S, D] before this layer is steered."""
         acts: dict[int, Tensor] = {}
         wanted = {*self.members, *(g.feature for g in self.gates if g.mode == "exact")}
         if wanted:
@@ -148,7 +206,8 @@ class Reading:
             else:
                 row, bias = self.sae.W_enc[gate.feature].float(), self.sae.b_enc[gate.feature].float()
                 opened[gate] = h.detach().float() @ row + bias > gate.threshold
-        return opened, {f: acts[f] > 0 for f in self.members}
+        self.opened = opened
+        self.members_now = {f: acts[f] > 0 for f in self.members}
 
 
 def check_gate(gate: Gate, sae: SAE | None, layer: int) -> None:

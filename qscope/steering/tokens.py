@@ -27,6 +27,8 @@ class Pass:
     positions: Tensor | None = None
     """[B or 1, S] position ids, where the caller gave some and no attention mask"""
     device: torch.device | None = None
+    rows: int = 1
+    """B"""
 
     def real(self) -> Tensor:
         """[B or 1, S] positions counted over real tokens from 0; -1 at padding."""
@@ -56,6 +58,11 @@ class Choice:
     skip_first: bool = False
     special: Tensor | None = None
     """Ids that are never chosen"""
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token is chosen, wherever it stands."""
+        return self.positions.everything and not self.skip_first and self.after is None and self.special is None
 
     def of(self, where: Pass) -> bool | Tensor:
         """True: every token of the pass; False: none; else bool [B or 1, S]."""
@@ -124,4 +131,5 @@ def from_call(arguments: dict[str, Any], prompt: int | None) -> Pass:
         ids,
         positions if isinstance(positions, Tensor) else None,
         given.device,
+        len(given),
     )

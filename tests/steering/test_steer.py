@@ -437,3 +437,23 @@ def test_embeddings_instead_of_ids(model, saes, prompts):
     with qscope.steer(model, spec(Edit(1, 3, strength=1.0, after=5)), saes=saes):
         with pytest.raises(InputError, match="ids of all tokens"):
             model.generate(inputs_embeds=embeds, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_compiled_decoding_is_compiled_once(model, saes, prompts, record):
+    """Nothing that the hooks look at may change from token to token: it would be compiled again for each."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    fixed = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, cache_implementation="static")
+    compiling = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    compiling._compile_all_devices = True
+    edits = (Edit(0, 3, strength=6.0, tokens="generated"), Edit(0, 4, mode="clamp", strength=2.0, when=Gate(5)))
+    with qscope.steer(model, spec(*edits), saes=saes, record=record) as steering:
+        expected = model.generate(**prompts, **fixed)
+        fired = steering.fired if record else None
+        counters.clear()
+        assert torch.equal(model.generate(**prompts, **fixed, compile_config=compiling), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        if record:
+            assert torch.equal(steering.fired, fired)
