@@ -31,7 +31,7 @@ FLOORS = [
     ("qscope.training", 3.5),  # made of the parts of floor 3, and what the workflows are made of
     ("qscope.steering", 3.5),
     ("qscope.finding", 3.5),
-    ("qscope.vllm_plugin", 3.7),  # made of steering
+    ("qscope.vllm_plugin", 3.7),  # steering inside another engine
     ("qscope.workflows", 4),
     ("qscope.report", 5),
     ("qscope.cli", 5),
