@@ -22,6 +22,8 @@ class Command(NamedTuple):
     """`module:function` that turns the result into what a person reads, and writes the page if one was asked for."""
     page: str | None = None
     """`module:function` that only writes the page, for --json."""
+    live: str | None = None
+    """`module:function` that runs the config and prints as it goes, in place of run and render."""
 
 
 COMMANDS = {
@@ -75,6 +77,7 @@ COMMANDS = {
         "one prompt, unsteered and steered side by side, with the activations of features",
         "qscope.workflows.steer_generate:SteerGenerateConfig",
         "qscope.report.steer_generate_text:render",
+        live="qscope.report.steer_generate_text:show",
     ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
@@ -163,6 +166,8 @@ def _run(name: str, args: list[str], as_json: bool) -> int:
         prog=f"qscope {name}",
         config=(tyro.conf.PositionalRequiredArgs,),
     )
+    if command.live is not None and not as_json:
+        return int(getattr(_resolve(command.live)(config), "exit_status", 0))
     result = module.run(config)
     if as_json:
         if command.page is not None:
@@ -173,9 +178,9 @@ def _run(name: str, args: list[str], as_json: bool) -> int:
     return int(getattr(result, "exit_status", 0))
 
 
-def _resolve(reference: str) -> Callable[[Any], str]:
+def _resolve(reference: str) -> Callable[[Any], Any]:
     module, _, name = reference.partition(":")
-    function: Callable[[Any], str] = getattr(importlib.import_module(module), name)
+    function: Callable[[Any], Any] = getattr(importlib.import_module(module), name)
     return function
 
 
