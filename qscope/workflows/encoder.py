@@ -241,8 +241,9 @@ def load_saes(config: "EncodeConfig", device: str) -> dict[int, SAE]:
                 f"--model {config.model} was given without --sae. Name an SAE that was trained on this model: a Hub "
                 'repository such as "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", a folder or a file.'
             )
-        names = (str(embedded.DEFAULT_SAE),)
-    layers: tuple[int | None, ...] = config.layers or (None,) * len(names)
+        names = (embedded.SAES,)
+    own = embedded.DEFAULT_LAYER if not config.sae else None
+    layers: tuple[int | None, ...] = config.layers or (own,) * len(names)
     if len(names) == 1:
         names = names * len(layers)
     if len(names) != len(layers):
