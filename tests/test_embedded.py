@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from qscope import corpus, embedded, packages
-from qscope.errors import InputError, StorageError
+from qscope.errors import CheckpointError, InputError, StorageError
 from qscope.files import file_sha256
+from qscope.sae import SAE
 
 gguf = pytest.importorskip("gguf", reason="the tests write small GGUF files with the `gguf` package (extra: test)")
 
@@ -317,3 +318,22 @@ def test_real_default_model(tmp_path, monkeypatch):
     with torch.no_grad():
         following = int(model(input_ids=ids).logits[0, -1].argmax())
     assert tokenizer.decode([following]) == " Paris"
+
+
+@pytest.mark.parametrize("layer", embedded.SAE_LAYERS)
+def test_the_suite_is_found_by_its_name(layer):
+    sae = SAE.from_pretrained("embedded", layer=layer)
+    assert (sae.card.layer, sae.d_in, sae.k) == (layer, 576, 32)
+    assert torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(sae.d_sae), atol=2e-3)  # float16
+    assert sae.card.training["model_sha256"] == SAE.from_pretrained(embedded.DEFAULT_SAE).card.training["model_sha256"]
+
+
+def test_a_layer_that_the_suite_lacks_is_refused_with_those_it_has(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"layer 3 was given, but .* has the layers 7, 15, 23"):
+        SAE.from_pretrained("embedded", layer=3)
+    with pytest.raises(CheckpointError, match="no layer was given"):
+        SAE.from_pretrained("embedded")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()  # a folder of that name is meant before the suite
+    with pytest.raises(CheckpointError, match="holds no SAE"):
+        SAE.from_pretrained("embedded", layer=7)
