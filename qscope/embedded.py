@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope import corpus, packages
-from qscope.checkpoints import EMBEDDED, EMBEDDED_FOLDER
 from qscope.errors import InputError, StorageError
-from qscope.files import cache_dir, file_sha256
+from qscope.files import EMBEDDED, EMBEDDED_FOLDER, cache_dir, file_sha256
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "EMBEDDED",
+    "EMBEDDED_FOLDER",
     "LOCK",
     "acquire_lock",
     "append_line",
@@ -38,6 +40,10 @@ __all__ = [
 ]
 
 LOCK = ".lock"
+
+EMBEDDED = "embedded"
+"""Name of the SAEs that come with qscope, for the model that `qscope.embedded` makes"""
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "smollm2-135m"
 
 
 def file_sha256(path: Path) -> str:

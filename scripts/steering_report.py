@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qscope.report import steer_eval_page, steer_eval_text, steer_find_page
 from qscope.workflows import steer_eval, steer_find
+from qscope.workflows.steer_eval_result import SteerEvalResult
 from qscope.workflows.steer_find_texts import TRAIN, gather
 
 OUT = Path(__file__).parents[1] / "docs" / "steering"
@@ -93,7 +94,7 @@ def training_texts(config: steer_find.SteerFindConfig, behaviour: Behaviour, wor
     return names[0], names[1]
 
 
-def evaluate(behaviour: Behaviour, config: steer_find.SteerFindConfig, work: Path) -> steer_eval.SteerEvalResult:
+def evaluate(behaviour: Behaviour, config: steer_find.SteerFindConfig, work: Path) -> SteerEvalResult:
     positive, negative = training_texts(config, behaviour, work)
     assert config.spec is not None
     prompts = work / "prompts.txt"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from qscope import corpus, packages
-from qscope.checkpoints import EMBEDDED_FOLDER
+from qscope.files import EMBEDDED_FOLDER
 from qscope.sae import SAE
 
 CHARACTERS = {"benchmarks": 11_600_000, "books": 3_600_000, "comments": 3_600_000}

@@ -18,14 +18,11 @@ from qscope.checkpoints._weights import (
     first_line,
 )
 from qscope.errors import CheckpointError
+from qscope.files import EMBEDDED, EMBEDDED_FOLDER
 
 __all__ = ["FORMATS", "SAECard", "Weights", "load", "save"]
 
 FORMATS = {qscope_format.FORMAT: qscope_format, qwen_scope.FORMAT: qwen_scope}
-
-EMBEDDED = "embedded"
-"""Name of the SAEs that come with qscope, for the model that `qscope.embedded` makes"""
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "smollm2-135m"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 

@@ -195,7 +195,7 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
 def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        if isinstance(record, dict) and {"sae", "step", *FIGURES} <= record.keys():
+        if isinstance(record, dict) and {"sae", "step"} <= record.keys():
             return record
     except ValueError:
         pass
