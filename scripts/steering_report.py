@@ -63,7 +63,7 @@ BEHAVIOURS = (
 
 
 def find(behaviour: Behaviour, work: Path) -> steer_find.SteerFindConfig:
-    """Features of all three layers of the embedded suite; the effect on the next token chooses among the ten best."""
+    """Features of all three layers of the embedded suite; the effect on the next token chooses layer and feature."""
     config = steer_find.SteerFindConfig(
         builtin=behaviour.builtin,
         layers=(7, 15, 23),
@@ -114,6 +114,8 @@ def evaluate(behaviour: Behaviour, config: steer_find.SteerFindConfig, work: Pat
             neutral_tokens=64,
             questions=24,
             context_size=64,
+            random_features=1,
+            random_directions=1,
         )
     )
 

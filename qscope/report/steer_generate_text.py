@@ -28,7 +28,7 @@ def show(config: SteerGenerateConfig) -> SteerGenerateResult:
         print(render(result))
         return result
     size = shutil.get_terminal_size((100, 24))
-    view = Live(sys.stdout, size.columns - 1, size.lines)  # a full last column makes some terminals wrap
+    view = Live(sys.stdout, max(1, size.columns - 1), size.lines)  # a full last column makes some terminals wrap
     result = run(config, view)
     view.finish(result)
     return result
@@ -58,6 +58,9 @@ def _foot(result: SteerGenerateResult, width: int, ansi: bool) -> list[str]:
     )
     ended = [label for label, text in zip(_LABELS, (result.unsteered, result.steered), strict=True) if text.ended]
     lines += [f"ended by the model: {', '.join(ended)}"] if ended else []
+    broken = [label for label, text in zip(_LABELS, (result.unsteered, result.steered), strict=True) if text.broken]
+    if broken:
+        lines.append(f"{' and '.join(broken)}: the model stopped telling tokens apart; the strengths are too large")
     how = f"{'shade' if ansi else f'[{chr(32).join(result.shown)}] behind a token'}: {result.activations}"
     lines += [how] if result.shown else []
     lines += [f"spec: {result.saved}"] if result.saved is not None else []

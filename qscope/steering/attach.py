@@ -1,11 +1,10 @@
 """The hooks that steer a Hugging Face causal language model."""
 
+import copy
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from qscope.errors import InputError, ModelError, SteeringNotApplied
 from qscope.model import decoder_layers, residual_width
 from qscope.ops.steer_add_ import MAX_DIRECTIONS
 from qscope.sae import SAE
-from qscope.steering import plan, positions
-from qscope.steering.spec import Edit, Gate, SteeringSpec
+from qscope.steering import generation, history, plan, positions
+from qscope.steering.generation import Generation
+from qscope.steering.history import Record
+from qscope.steering.spec import Edit, Gate, SAEReference, SteeringSpec
 from qscope.steering.tokens import Choice, Pass, from_call
-
-_SESSIONS = "_qscope_steering"
 
 
 def steer(
@@ -44,7 +43,7 @@ def steer(
     recorded, the steering is differentiable. Steering with strength 0 changes no bit.
 
     Args:
-        model: a Hugging Face causal language model; a compiled one must be compiled after the steering is attached.
+        model: a Hugging Face causal language model; what torch.compile made of it before is compiled again.
         spec: a SteeringSpec, a file of one, or one SteeringSpec (or None) for each sequence of the batch; rows that
             generate makes of a sequence (beams, num_return_sequences) follow it.
         saes: layer -> SAE, for features; those of the spec's `saes` are loaded where they are not given.
@@ -70,12 +69,14 @@ class Steering:
         allow_mismatch: bool = False,
         record: bool = True,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.model, self.record = model, record
         self.prompt_length: int | None = None
         """Columns of direct calls that count as prompt; None: those before a cache is filled"""
         self.attached = False
         self._blocks, self._trunk = _blocks_and_trunk(model)
-        self._names = list(inspect.signature(type(self._trunk).forward).parameters)[1:]
+        self._generator = generation.generator_of(model, self._trunk)
+        self._names = _names(self._trunk)
         self._specs, self._of_sequence = _distinct(spec)
         self.edits: tuple[Edit, ...] = tuple(edit for s in self._specs for edit in s.edits)
         """All edits, in the order of `fired`'s last dimension: those of a list of specs one spec after the other,
@@ -85,13 +86,17 @@ class Steering:
             _check_layer(edit.layer, len(self._blocks))
             _check_layer(edit.layer if edit.when is None else (edit.when.layer or 0), len(self._blocks))
         self._saes = _load_saes(self._specs, saes or {}, residual_width(model), allow_mismatch)
-        self._choices = [_choice(edit, tokenizer) for edit in self.edits]
+        self._choices = [_choice(edit, tokenizer, _vocabulary(model)) for edit in self.edits]
         self._columns, self._readings = self._planned(residual_width(model))
         self._handles: list[Any] = []
-        self._passes: list[_Record] = []
-        self._now: tuple[int, int] | None = None
-        """(rows, tokens) of the pass that was begun and whose `fired` is not yet kept"""
-        self._generating, self._told, self._prompt, self._padded = False, False, 0, False
+        self._passes: list[Record] = []
+        self._now: tuple[int, int, int] | None = None
+        """(first column, rows, tokens) of the pass that was begun and whose `fired` is not yet kept"""
+        self._generation: Generation | None = None
+        self._told = False
+        """generate has said what the next pass is"""
+        self._outside: dict[str, Any] = {}
+        """What a multimodal model was called with, whose text trunk is given embeddings and a mask of its own kind"""
         self._called = False
 
     # --- what to do at which layer -----------------------------------------------------------------------
@@ -102,7 +107,7 @@ class Steering:
         gates: dict[int, list[Gate]] = {}
         members: dict[int, list[int]] = {}
         for layer in sorted({edit.layer for edit in self.edits}):
-            device = next(self._blocks[layer].parameters()).device
+            device = _device(self._blocks[layer])
             grouped: list[list[plan.Column]] = [[] for _ in self._specs]
             for index, edit in enumerate(self.edits):
                 if edit.layer == layer:
@@ -121,9 +126,11 @@ class Steering:
         for layer in sorted({*gates, *members}):
             for gate in gates.get(layer, []):
                 plan.check_gate(gate, self._saes.get(layer), layer)
-            device = next(self._blocks[layer].parameters()).device
+            device = _device(self._blocks[layer])
             distinct = list(dict.fromkeys(gates.get(layer, [])))
-            readings[layer] = plan.Reading(distinct, sorted(set(members.get(layer, []))), self._saes[layer].to(device))
+            sae = self._saes[layer]
+            sae = sae if sae.device == device else copy.deepcopy(sae).to(device)  # .to moves the caller's own
+            readings[layer] = plan.Reading(distinct, sorted(set(members.get(layer, []))), sae)
         return columns, readings
 
     # --- hooks -------------------------------------------------------------------------------------------
@@ -132,16 +139,16 @@ class Steering:
         """Steers from now on; returns itself. Several steerings of one model act in the order of attaching."""
         if self.attached:
             raise InputError("This steering is attached already; detach() it first, or make another one.")
-        _forget_compiled(self.model)
+        _forget_compiled(self._generator)
         self.attached = True
         self._handles = [self._trunk.register_forward_pre_hook(self._before, with_kwargs=True)]
         for layer in sorted({*self._columns, *self._readings}):
             hook = functools.partial(self._after, layer)
             self._handles.append(self._blocks[layer].register_forward_hook(hook))
-        sessions = self.model.__dict__.setdefault(_SESSIONS, [])
-        sessions.append(self)
-        if len(sessions) == 1 and hasattr(self.model, "generate"):
-            _wrap_generation(self.model)
+        for module in _ancestors(self.model, self._trunk):
+            note = functools.partial(self._note, _names(module))
+            self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        generation.join(self._generator, self)
         return self
 
     def detach(self) -> None:
@@ -151,12 +158,8 @@ class Steering:
         self.attached = False
         for handle in self._handles:
             handle.remove()
-        sessions = self.model.__dict__[_SESSIONS]
-        sessions.remove(self)
-        if not sessions:
-            for name in (_SESSIONS, "generate", "prepare_inputs_for_generation"):
-                self.model.__dict__.pop(name, None)
-        _forget_compiled(self.model)
+        generation.leave(self._generator, self)
+        _forget_compiled(self._generator)
 
     def __enter__(self) -> "Steering":
         return self.attach()
@@ -174,26 +177,35 @@ class Steering:
                 "afterwards), or another engine runs it (docs/vllm.md)."
             )
 
+    def _note(self, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a module around a text trunk."""
+        self._outside = dict(zip(names, args, strict=False)) | kwargs
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the trunk: where the tokens of this pass stand, unless generate's wrapper has said it."""
-        if self._generating and self._told:
+        outside, self._outside = self._outside, {}
+        if self._told:
+            self._told = False
             return
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        now = self._generation
+        known = now is not None and now.told  # then this pass is none of generate's own
         try:
-            self._begin_pass(from_call(arguments, self._prompt if self._generating else self.prompt_length))
+            where = from_call(arguments, outside, self.prompt_length if now is None else None if known else now.prompt)
+            self._begin_pass(where, keep=not known)
         except InputError:
             self._called = True  # said already
             raise
 
-    def _begin_pass(self, where: Pass) -> None:
+    def _begin_pass(self, where: Pass, keep: bool = True) -> None:
         """Which tokens of the pass to come each edit changes, as far as that does not depend on residuals."""
         if torch.compiler.is_compiling():  # the history would grow in compiled code: only the last pass is kept
             self._passes = []
         else:
             self._harvest()
-            if where.start == 0:
-                self._passes = []
-        self._now = (where.rows, where.length)
+            if keep:
+                self._passes = history.continued(self._passes, where.start, where.rows)
+        self._now = (where.start, where.rows, where.length) if keep else None
         chosen = [choice.of(where) for choice in self._choices]
         for columns in (c for group in self._columns.values() for c in group):
             each = [chosen[column.edit] for column in columns.columns]
@@ -230,6 +242,12 @@ class Steering:
                 "[batch, sequence, width] alone or first in a tuple. It cannot be steered."
             )
         self._called = True
+        if torch.is_autocast_enabled(h.device.type):  # it would take the products of the steering in half precision
+            with torch.autocast(h.device.type, enabled=False):
+                return self._steered(layer, h, output)
+        return self._steered(layer, h, output)
+
+    def _steered(self, layer: int, h: Tensor, output: Any) -> Any:
         if layer in self._readings:
             self._readings[layer].read(h)
         live = [columns for columns in self._columns.get(layer, ()) if columns.live]
@@ -246,19 +264,31 @@ class Steering:
 
     # --- generate ----------------------------------------------------------------------------------------
 
-    def _begin_generation(self, prompt: int, padded: bool) -> None:
-        self._generating, self._prompt, self._padded = True, prompt, padded
-        self._told, self._now, self._passes, self._called = False, None, [], False
+    def _begin_generation(self, now: Generation) -> tuple[Generation | None, list[Record], bool]:
+        """Gives what `_end_generation` needs: a model may generate inside generate, as its own assistant does."""
+        self._harvest()
+        outer = (self._generation, self._passes, self._called)
+        self._generation, self._passes, self._told, self._called = now, [], False, False
+        return outer
 
     def _tell(self, where: Pass) -> None:
-        self._told = True
         self._begin_pass(where)
+        self._told = True
 
-    def _end_generation(self, complete: bool) -> None:
-        self._generating = self._told = False
-        if complete:
-            self._check_applied("by generate")
-        self._called = True  # an error has been raised otherwise
+    def _end_generation(self, outer: tuple[Generation | None, list[Record], bool], made: int | None) -> None:
+        """made: columns of the result; None where generate has failed."""
+        now, inner = self._generation, self._called
+        self._harvest()
+        self._generation, self._told, self._called = outer[0], False, True
+        if outer[0] is not None:
+            self._passes = outer[1]
+            return
+        if made is None or now is None:
+            return  # an error has been raised, and one is enough
+        # The last token is not fed in; what is behind it are candidates of an assistant.
+        self._passes = history.before(self._passes, now.unnamed + made - 1)
+        self._called = inner
+        self._check_applied("by generate")
 
     # --- what happened -----------------------------------------------------------------------------------
 
@@ -266,13 +296,14 @@ class Steering:
         """Keeps where the pass behind has changed the residual."""
         if self._now is None or not self.record:
             return
+        start, rows, tokens = self._now
         found = [
             ([column.edit for column in columns.columns], fired)
             for group in self._columns.values()
             for columns in group
-            if (fired := columns.harvest(*self._now)) is not None
+            if (fired := columns.harvest(rows, tokens)) is not None
         ]
-        self._passes.append(_Record(*self._now, found))
+        self._passes.append(Record(start, rows, tokens, found))
         self._now = None
 
     @property
@@ -284,26 +315,9 @@ class Steering:
         if not self.record:
             raise InputError("record=False was given, so it was not kept where the steering fired.")
         self._harvest()
+        self._passes = history.joined(self._passes, len(self.edits))
         found = [each.dense(len(self.edits)) for each in self._passes]
-        return torch.cat(found, dim=1) if found else torch.zeros(0, 0, len(self.edits), dtype=torch.bool)
-
-
-@dataclass
-class _Record:
-    """Of one forward pass."""
-
-    rows: int
-    tokens: int
-    fired: list[tuple[list[int], Tensor]]
-    """([edit of each column], bool or uint8 [rows, tokens, columns])"""
-
-    def dense(self, edits: int) -> Tensor:
-        found = torch.zeros(self.rows, self.tokens, edits, dtype=torch.bool)
-        for each, where in self.fired:
-            where = where.cpu().bool()
-            for i, edit in enumerate(each):
-                found[..., edit] |= where[..., i]
-        return found
+        return found[0] if found else torch.zeros(0, 0, len(self.edits), dtype=torch.bool)
 
 
 # --- preparing -----------------------------------------------------------------------------------------------
@@ -315,6 +329,34 @@ def _blocks_and_trunk(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     return blocks, next(m for m in model.modules() if any(child is blocks for child in m.children()))
 
 
+def _names(module: nn.Module) -> list[str]:
+    """Of the arguments of its forward."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _ancestors(model: nn.Module, trunk: nn.Module) -> list[nn.Module]:
+    """The modules around the text trunk of a multimodal model, from outside; none for a plain language model."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return []
+    return [module for module in model.modules() if module is not trunk and any(m is trunk for m in module.modules())]
+
+
+def _device(block: nn.Module) -> torch.device:
+    """Where a block computes: accelerate keeps the weights of offloaded ones elsewhere."""
+    for module in block.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next(block.parameters()).device
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    size = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
 def _distinct(
     spec: SteeringSpec | str | Path | Sequence[SteeringSpec | None],
 ) -> tuple[list[SteeringSpec], list[int] | None]:
@@ -323,6 +365,11 @@ def _distinct(
         spec = SteeringSpec.load(spec)
     if isinstance(spec, SteeringSpec):
         return [spec], None
+    if not isinstance(spec, list | tuple):
+        raise InputError(
+            f"{type(spec).__name__} was given as spec; a SteeringSpec, a file of one, or a list of SteeringSpec and "
+            "None, one for each sequence, is accepted."
+        )
     found: list[SteeringSpec] = []
     of_sequence = []
     for one in spec:
@@ -349,11 +396,14 @@ def _load_saes(
     for edit in (edit for spec in specs for edit in spec.edits):
         layers |= {edit.layer} if edit.feature is not None else set()
         layers |= {edit.when.layer if edit.when.layer is not None else edit.layer} if edit.when else set()
+    if not isinstance(given, Mapping) or not all(isinstance(sae, SAE) for sae in given.values()):
+        raise InputError("`saes` has to map layers to SAEs: qscope.steer(model, spec, saes={15: sae}).")
     saes = {}
     for layer in sorted(layers):
         references = [spec.saes[layer] for spec in specs if layer in spec.saes]
         sae = given.get(layer)
         if sae is None and references:
+            _check_one_sae(layer, references)
             sae = SAE.from_pretrained(references[0].source, layer=layer)
         if sae is None:
             continue  # said where the feature is looked up
@@ -361,8 +411,9 @@ def _load_saes(
             raise InputError(f"The SAE of layer {layer} reads width {sae.d_in}, and the model's residual has {width}.")
         wanted = {reference.hash for reference in references} - {None}
         if wanted and not allow_mismatch and wanted != {sae.weight_hash()}:
+            other = min(map(str, wanted - {sae.weight_hash()}))
             raise InputError(
-                f"The spec was made for an SAE of layer {layer} with the hash {sorted(map(str, wanted))[0][:16]}..., "
+                f"The spec was made for an SAE of layer {layer} with the hash {other[:16]}..., "
                 f"and this one, in {sae.dtype}, has {sae.weight_hash()[:16]}...: its feature ids may mean other "
                 "things. Give the SAE that the spec was made for, in float32, or allow_mismatch=True."
             )
@@ -370,7 +421,17 @@ def _load_saes(
     return saes
 
 
-def _choice(edit: Edit, tokenizer: Any) -> Choice:
+def _check_one_sae(layer: int, references: Sequence[SAEReference]) -> None:
+    """InputError where the specs of a batch may mean different SAEs: hashes would say, else their names."""
+    sources = sorted({reference.source for reference in references})
+    if len(sources) > 1 and any(reference.hash is None for reference in references):
+        raise InputError(
+            f"The specs name different SAEs of layer {layer}, {' and '.join(sources)}; a batch is steered with one "
+            "SAE per layer. Give specs of one SAE, or the one that is meant: qscope.steer(model, specs, saes={...})."
+        )
+
+
+def _choice(edit: Edit, tokenizer: Any, vocabulary: int | None) -> Choice:
     special = None
     if "special" in edit.skip:
         special = torch.tensor(sorted(_needed(tokenizer, "skip special").all_special_ids))
@@ -380,6 +441,8 @@ def _choice(edit: Edit, tokenizer: Any) -> Choice:
         if len(ids) != 1:
             raise InputError(f"after {after!r} was given, which is {len(ids)} tokens here; give one token.")
         after = ids[0]
+    if after is not None and not 0 <= after < (vocabulary or 2**63):
+        raise InputError(f"after {after} was given; this model has the token ids 0 to {(vocabulary or 2**63) - 1}.")
     return Choice(positions.parse(edit.tokens), after, "first" in edit.skip, special)
 
 
@@ -387,61 +450,6 @@ def _needed(tokenizer: Any, what: str) -> Any:
     if tokenizer is None:
         raise InputError(f"{what} was given, which needs the tokenizer: qscope.steer(model, spec, tokenizer=...).")
     return tokenizer
-
-
-# --- generate ------------------------------------------------------------------------------------------------
-
-
-def _wrap_generation(model: Any) -> None:
-    """Lets the steerings of `model` know what generate was given, and what every pass of it is given."""
-    generate, prepare = model.generate, model.prepare_inputs_for_generation
-    sessions: list[Steering] = model.__dict__[_SESSIONS]
-
-    @functools.wraps(generate)
-    def generating(self: Any, *args: Any, **kwargs: Any) -> Any:
-        now = list(sessions)
-        for steering in now:
-            steering._begin_generation(*_prompt_of(args, kwargs))
-        complete = False
-        try:
-            result = generate(*args, **kwargs)
-            complete = True
-            return result
-        finally:
-            for steering in now:
-                steering._end_generation(complete)
-
-    @functools.wraps(prepare)
-    def preparing(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(input_ids, *args, **kwargs)
-        for steering in sessions:
-            if steering._generating:
-                steering._tell(_pass_of(prepared, input_ids, kwargs.get("attention_mask"), steering))
-        return prepared
-
-    model.generate = types.MethodType(generating, model)
-    model.prepare_inputs_for_generation = types.MethodType(preparing, model)
-
-
-def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, bool]:
-    """(columns before the first generated token, whether some of them are padding)."""
-    ids, attention = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs.get("attention_mask")
-    given = [x for x in (ids, kwargs.get("inputs_embeds"), attention) if isinstance(x, Tensor)]
-    padded = isinstance(attention, Tensor) and not bool((attention != 0).all())
-    return max((x.shape[1] for x in given), default=1), padded
-
-
-def _pass_of(prepared: dict[str, Any], input_ids: Tensor, attention: Any, steering: Steering) -> Pass:
-    fed = prepared.get("input_ids")
-    fed = prepared["inputs_embeds"] if fed is None else fed
-    attention = attention if isinstance(attention, Tensor) and attention.dim() == 2 else None
-    end = input_ids.shape[1]
-    if attention is not None:  # embeddings of the prompt, and what a cache holds already, are not in input_ids
-        end = max(end, attention.shape[1])
-    elif (cache := prepared.get("past_key_values")) is not None:
-        end = max(end, int(cache.get_seq_length()) + fed.shape[1])
-    mask = attention if steering._padded and attention is not None and attention.shape[1] == end else None
-    return Pass(end - fed.shape[1], fed.shape[1], steering._prompt, mask, input_ids, None, fed.device, len(fed))
 
 
 def _forget_compiled(model: nn.Module) -> None:

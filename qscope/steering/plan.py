@@ -45,6 +45,8 @@ class Columns:
     device: torch.device
     live: bool = False
     """Whether any token of this pass is chosen"""
+    applied: bool = False
+    """Whether the pass has come to this layer"""
     mask: Tensor | None = None
     """bool [B, S, columns] the chosen tokens; None: all of them"""
     fired: Tensor | None = None
@@ -69,7 +71,7 @@ class Columns:
 
     def choose(self, each: Sequence[bool | Tensor], rows: int, tokens: int) -> None:
         """each: of every column, True, False or bool [B or 1, S or 1]: the tokens chosen for the pass to come."""
-        self.fired = None
+        self.fired, self.applied = None, False
         self.live = any(chosen is not False for chosen in each)
         self.mask = None
         if self.live and not all(chosen is True for chosen in each):
@@ -90,7 +92,7 @@ class Columns:
             mask = None if mask is None else mask.reshape(len(rows), -1)
             flat = None if fired is None else fired.view(len(rows), -1)
             reference.steer_add_(rows, directions, settings, readers, gates, mask, flat)
-        self.fired = fired
+        self.fired, self.applied = fired, True
 
     def _conditions(self, h: Tensor, readings: "Mapping[int, Reading]") -> Tensor:
         """The mask, narrowed by what was read from the residual: bool [B, S, columns]."""
@@ -110,7 +112,7 @@ class Columns:
 
     def harvest(self, rows: int, tokens: int) -> Tensor | None:
         """bool or uint8 [B, S, columns]: where the pass behind changed the residual; None: nowhere."""
-        if not self.live:
+        if not self.live or not self.applied:
             return None
         if self.always is None:
             # A CUDA graph writes the next pass to the same place.
@@ -133,6 +135,10 @@ def columns_of(index: int, edit: Edit, sae: SAE | None, width: int) -> list[Colu
     else:
         sae, f = _needed(sae, edit.layer), _checked_feature(edit.feature, sae, edit.layer)
         direction, reader, bias = _row(sae.W_dec, f), _row(sae.W_enc, f), float(sae.b_enc[f])
+    if abs(edit.amount) > torch.finfo(torch.float32).max:
+        raise InputError(
+            f"The strength of edit {index} (layer {edit.layer}) is {edit.amount:g}, too large for a float32."
+        )
     square = direction.double().square().sum()
     if (edit.unit == "residual" or edit.mode == "orthogonalise") and not square > 0:
         raise InputError(f"The direction of edit {index} (layer {edit.layer}) is all 0 and cannot be normalised.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from qscope.errors import InputError
 
 _WORDS = ("all", "prompt", "generated")
+_DIGITS = 15
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def _span(text: str, word: str, begin: int) -> tuple[int, int]:
     if found is None:
         good = re.match(r"\d+(\s*-\s*\d*)?", word, re.ASCII)
         raise _fault(text, begin + (good.end() if good else 0), "a position such as 5 or 3-7 was expected here")
+    for group in (1, 2):
+        if len(found[group] or "") > _DIGITS:
+            raise _fault(text, begin + found.start(group), f"a position has at most {_DIGITS} digits")
     first, last = int(found[1]), int(found[2] or found[1])
     if last < first:
         raise _fault(text, begin + found.start(2), f"the end of a span, {last}, is before its start, {first}")

@@ -33,6 +33,7 @@ class Gate:
     feature is among the k of the full encode, with a value > threshold >= 0."""
 
     def __post_init__(self) -> None:
+        _whole("feature of when", self.feature)
         _choice("mode of when", self.mode, Activation)
         _number("threshold", self.threshold)
         if self.mode == "exact" and self.threshold < 0:
@@ -76,9 +77,14 @@ class Edit:
     def __post_init__(self) -> None:
         for name, kinds in (("mode", Mode), ("unit", Unit), ("activation", Activation)):
             _choice(name, getattr(self, name), kinds)
-        for name in self.skip:
+        _whole("layer", self.layer)
+        if self.feature is not None:
+            _whole("feature", self.feature)
+        for name in (self.skip,) if isinstance(self.skip, str) else self.skip:
             _choice("skip", name, Skip)
         _number("strength", self.strength)
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", (self.skip,))
         if (self.feature is None) == (self.vector is None):
             raise InputError(f"{self} names a feature and a vector, or neither; an edit has exactly one direction.")
         if self.vector is not None and self.mode in ("clamp", "scale", "ablate"):
@@ -160,9 +166,13 @@ class SteeringSpec:
             raise InputError(f"The steering spec says it is {found}; this qscope reads {FORMAT} version {VERSION}.")
         if not isinstance(given.get("edits"), list):
             raise InputError("The steering spec has no list `edits`; one object for each change is expected there.")
+        for name in ("model", "note"):
+            if given.get(name) is not None and not isinstance(given[name], str):
+                raise InputError(f"`{name}` of the steering spec is {given[name]!r}; text is expected.")
         saes = _object(given.get("saes", {}), "`saes`", None)
         if not all(key.isdecimal() for key in map(str, saes)):
             raise InputError(f"`saes` of the steering spec has the keys {list(saes)}; layers from 0 are expected.")
+        _distinct_fields([(str(int(key)), None) for key in saes])
         return cls(
             tuple(_edit(edit, f"edit {i}") for i, edit in enumerate(given["edits"])),
             {int(layer): _made(SAEReference, item, f"the SAE of layer {layer}") for layer, item in saes.items()},
@@ -180,10 +190,8 @@ class SteeringSpec:
             raise StorageError(f"The steering spec {path} could not be read: {error}.") from error
         try:
             if path.suffix in (".yaml", ".yml"):
-                import yaml
-
-                return cls.from_json(yaml.safe_load(text))
-            return cls.from_json(json.loads(text))
+                return cls.from_json(_from_yaml(text))
+            return cls.from_json(json.loads(text, object_pairs_hook=_distinct_fields))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except ValueError as error:
@@ -209,6 +217,28 @@ class SteeringSpec:
         except OSError as error:
             raise StorageError(f"The steering spec could not be written to {path}: {error}.") from error
         return path
+
+
+def _distinct_fields(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Of two values under one name the later would win unseen."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"the field {name!r} is given twice in one object; once is expected.")
+        found[name] = value
+    return found
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            _distinct_fields([(name if isinstance(name, str) else str(name), None) for name in names])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _plain(item: Any) -> dict[str, Any]:
@@ -243,11 +273,20 @@ def _made(kind: Any, content: Any, what: str) -> Any:
     hints = get_type_hints(kind)
     for name, value in given.items():
         if not _fits(value, hints[name]):
-            raise InputError(f"`{name}` of {what} is {value!r}; {_words(hints[name])} is expected.")
+            hint = " (YAML reads 1e3 as text; write 1.0e+3)" if isinstance(value, str) and _is_number(value) else ""
+            raise InputError(f"`{name}` of {what} is {value!r}; {_words(hints[name])} is expected{hint}.")
     try:
         return kind(**given)
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "e" in text.lower()
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -257,7 +296,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
-        return "int" in names or "float" in names
+        return "int" in names or hint is float or hint == (float | None)
     if isinstance(value, float):
         return hint is float or hint == (float | None)
     if isinstance(value, str):
@@ -281,6 +320,11 @@ def _object(content: Any, what: str, names: tuple[str, ...] | None) -> dict[str,
 def _choice(name: str, value: Any, kinds: Any) -> None:
     if value not in get_args(kinds):
         raise InputError(f"{name} {value!r} was given; accepted are {', '.join(get_args(kinds))}.")
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} is {value!r}; a whole number (int) is expected.")
 
 
 def _number(name: str, value: Any) -> None:

@@ -109,9 +109,15 @@ def _both(chosen: bool | Tensor, condition: Tensor) -> Tensor:
     return condition if isinstance(chosen, bool) else chosen & condition
 
 
-def from_call(arguments: dict[str, Any], prompt: int | None) -> Pass:
-    """The pass that a model's forward is called with; `prompt` as the caller said, else everything before a cache."""
+def from_call(arguments: dict[str, Any], outside: dict[str, Any], prompt: int | None) -> Pass:
+    """The pass that a model's forward is called with; `prompt` as the caller said, else everything before a cache.
+
+    outside: what the model around a text trunk was called with, for what the trunk itself is not told.
+    """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if ids is None and isinstance(embeds, Tensor):
+        ids = outside.get("input_ids")
+        ids = ids if isinstance(ids, Tensor) and ids.shape == embeds.shape[:2] else None
     given = ids if ids is not None else embeds
     if not isinstance(given, Tensor):
         raise InputError("The model was called without input_ids and inputs_embeds; steering needs one of them.")
@@ -119,6 +125,8 @@ def from_call(arguments: dict[str, Any], prompt: int | None) -> Pass:
     start = 0 if cache is None else int(cache.get_seq_length())
     length = given.shape[1]
     attention = arguments.get("attention_mask")
+    if not isinstance(attention, Tensor) or attention.dim() != 2:
+        attention = outside.get("attention_mask")
     if not isinstance(attention, Tensor) or attention.dim() != 2 or attention.shape[1] < start + length:
         attention = None
     positions = arguments.get("position_ids")

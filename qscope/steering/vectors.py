@@ -62,7 +62,8 @@ def _gguf(path: Path, layer: int) -> Tensor:
 def _checked(vector: Tensor, layer: int, width: int, what: str) -> Tensor:
     if vector.dim() == 2 and layer < len(vector):
         vector = vector[layer]
+    vector = vector.float()
     if vector.shape != (width,) or not bool(vector.isfinite().all()):
         shape = list(vector.shape)
         raise InputError(f"{what} is {shape} or not finite; {width} finite numbers are expected for layer {layer}.")
-    return vector.float()
+    return vector

@@ -70,7 +70,8 @@ class SteerFindConfig:
     choose: int = 1
     """Features to put into the spec."""
     choose_by: Literal["rank", "output_score", "target_change"] = "rank"
-    """Which of the top features: the best ranked, or those with most effect on the next token."""
+    """rank: of the layer with the largest top1 difference, the best ranked features. output_score, target_change: layer
+    and features with the most effect on the next token."""
     min_texts: int = 3
     """Features that fire in fewer training texts are not ranked or tested."""
     fdr: float = 0.05

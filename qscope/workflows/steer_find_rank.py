@@ -134,11 +134,12 @@ def ranked(found: Found) -> SteerFindResult:
         )
         for layer, s in layers.items()
     }
-    layer = max(made, key=lambda layer: (made[layer].top1.difference.value, -layer))
-    chosen = _choose(config, layer, made[layer])
+    layer, chosen = _choose(config, made)
+    by = config.choose_by.replace("_", " ")
+    most = "top1 difference of firing rates on the training texts" if by == "rank" else f"{by} of a feature"
     reason = (
-        f"layer {layer} has the largest top1 difference of firing rates on the training texts; of its features that "
-        f"rise and are not dense, the first {len(chosen)} by {config.choose_by.replace('_', ' ')}"
+        f"layer {layer} has the largest {most}; of its features that rise and are not dense, the first {len(chosen)} "
+        f"by {by}"
     )
     strength = 1.0 if config.strength is None else config.strength
     spec = _spec(found, layer, [(f.feature, f.scale) for f in chosen], made[layer].residual_norm, strength)
@@ -319,8 +320,24 @@ def _words(encoder: Encoder, ids: Ints) -> tuple[str, ...]:
 # --- choice and spec -------------------------------------------------------------------------------------
 
 
-def _choose(config: "SteerFindConfig", layer: int, found: LayerFound) -> list[FeatureFound]:
-    fitting = [f for f in found.features if f.mean_difference > 0 and not f.dense and f.scale]
+def _choose(config: "SteerFindConfig", made: dict[int, LayerFound]) -> tuple[int, list[FeatureFound]]:
+    """A layer and its features: by rank, that with the largest top1 difference; else that of the strongest feature."""
+    if config.choose_by == "rank":
+        layer = max(made, key=lambda layer: (made[layer].top1.difference.value, -layer))
+        return layer, _choose_features(config, layer, made[layer])
+    fitting = {layer: _choose_features(config, layer, found) for layer, found in made.items() if _fitting(found)}
+    if not fitting:
+        return next((layer, _choose_features(config, layer, found)) for layer, found in made.items())
+    layer = max(fitting, key=lambda layer: (getattr(fitting[layer][0], config.choose_by), -layer))
+    return layer, fitting[layer]
+
+
+def _fitting(found: LayerFound) -> list[FeatureFound]:
+    return [f for f in found.features if f.mean_difference > 0 and not f.dense and f.scale]
+
+
+def _choose_features(config: "SteerFindConfig", layer: int, found: LayerFound) -> list[FeatureFound]:
+    fitting = _fitting(found)
     if not fitting:
         raise InputError(
             f"None of the top {config.top} features of layer {layer} is more active in the positive texts, and the "

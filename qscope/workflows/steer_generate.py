@@ -114,6 +114,8 @@ class Continuation:
     """What was generated"""
     ended: bool = False
     """The model ended the text itself"""
+    broken: bool = False
+    """All tokens got the same score, or one that is no number: the text means nothing"""
 
     def generated(self) -> int:
         """Number of generated tokens."""
@@ -392,6 +394,11 @@ class _Session:
             model, [None, self.spec], saes=self.loaded.saes, tokenizer=tokenizer,
             allow_mismatch=self.config.allow_mismatch,
         )  # fmt: skip
+        from transformers import GenerationConfig
+
+        model.generation_config = (
+            GenerationConfig()
+        )  # what comes with a model, such as a repetition penalty, is not said
         # Captured before the steering is attached: hooks run in the order of coming. Vectors alone show no feature.
         with capture(model, layers or {0}) as residual, steering, torch.no_grad():
             reader = _Reader(self, steering, residual, watch)
@@ -431,6 +438,9 @@ class _Reader:
                     text.ended = True
                 if not text.ended:
                     self._add(row, token, generated, activations[row][at], fired[row][at])
+        differ = (scores.amax(1) > scores.amin(1)).tolist()  # not where one is nan
+        for text, sound in zip(self.texts, differ, strict=True):
+            text.broken = text.broken or not sound
         self.seen = input_ids.shape[1]
         self.watch(self.session.result)
         return self._drawn(scores)

@@ -80,6 +80,10 @@ def test_scaled_changes_only_what_is_added():
         (dict(edits=[{"layer": 1, "feature": 1, "strength": float("nan")}]), "strength is nan"),
         (dict(edits=[{"layer": 1, "feature": 1, "when": {"feature": 2, "mode": "topk"}}]), "mode of when 'topk'"),
         (dict(edits=[{"layer": 1, "feature": 1, "tokens": "0,2,5-"}]), r"0,2,5-\n {8}\^"),
+        (dict(edits=[{"layer": 1, "feature": 1, "tokens": "0," + "9" * 30}]), r"\n {4}\^\nand a position has at most"),
+        (dict(edits=[{"layer": 1, "vector": 5}]), "`vector` of edit 0 is 5"),
+        (dict(saes={"03": {"source": "a"}, "3": {"source": "b"}}), "'3' is given twice"),
+        (dict(model=5), "`model` of the steering spec is 5; text"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, words):
@@ -105,6 +109,8 @@ def test_what_is_wrong_is_named(tmp_path, change, words):
         (dict(vector=(1.0,), unit="quantile", scale=1.0), "quantile goes with"),
         (dict(feature=1, skip=("last",)), "first, special"),
         (dict(feature=1, when=Gate(2, layer=9)), "computes later"),
+        (dict(feature=1.5), "feature is 1.5; a whole number"),
+        (dict(feature="1"), "feature is '1'; a whole number"),
     ],
 )
 def test_edits_that_mean_nothing(fields, words):
@@ -115,6 +121,8 @@ def test_edits_that_mean_nothing(fields, words):
 def test_gates_that_mean_nothing():
     with pytest.raises(InputError, match="never below 0"):
         Gate(1, threshold=-0.5, mode="exact")
+    with pytest.raises(InputError, match="whole number"):
+        Gate(1.0)
     assert Gate(1, threshold=-0.5).threshold == -0.5
 
 
@@ -125,6 +133,25 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
             SteeringSpec.load(tmp_path / name)
+    head, edit = "format: qscope-steering\nformat_version: 1\n", "edits:\n- {layer: 0, feature: 1, "
+    for text, words in (
+        (edit + "strength: 1e3}", "write 1.0e\\+3"),
+        (edit + "strength: .inf}", "strength is inf"),
+        (edit + "strength: 1, strength: 2}", "'strength' is given twice"),
+        ("saes: {3: {source: a}, '3': {source: b}}\nedits: []", "'3' is given twice"),
+        ("note: 2024-01-01\nedits: []", "`note` of the steering spec is datetime"),
+    ):
+        (tmp_path / "d.yaml").write_text(head + text)
+        with pytest.raises(InputError, match=words):
+            SteeringSpec.load(tmp_path / "d.yaml")
+    (tmp_path / "d.yaml").write_text(head + "edits:\n- &a {layer: 0, feature: 1, skip: first}\n- {<<: *a, layer: 2}")
+    assert [(e.layer, e.skip) for e in SteeringSpec.load(tmp_path / "d.yaml").edits] == [
+        (0, ("first",)),
+        (2, ("first",)),
+    ]
+    (tmp_path / "d.json").write_text('{"edits": [{"layer": 0, "feature": 1, "feature": 2}]}')
+    with pytest.raises(InputError, match="'feature' is given twice"):
+        SteeringSpec.load(tmp_path / "d.json")
     (tmp_path / "c.yaml").write_text("!!python/object/apply:os.getcwd []")
     with pytest.raises(InputError, match="not YAML"):
         SteeringSpec.load(tmp_path / "c.yaml")

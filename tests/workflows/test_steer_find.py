@@ -172,8 +172,14 @@ def test_output_scores_and_targets(base, found, plain):
     without = run(replace(base, prompts=("",)))
     assert without.targets == () and without.layers["2"].features[0].output_score is None
     by_effect = run(replace(base, choose=1, choose_by="target_change"))
-    fitting = [f for f in by_effect.layers[str(by_effect.layer)].features if not f.dense and f.mean_difference > 0]
-    assert by_effect.chosen == (max(fitting, key=lambda f: f.target_change).feature,)
+    effects = {
+        (int(n), f.feature): f.target_change
+        for n, layer in by_effect.layers.items()
+        for f in layer.features
+        if not f.dense and f.mean_difference > 0
+    }
+    assert len({n for n, _ in effects}) == 2
+    assert (by_effect.layer, *by_effect.chosen) == max(effects, key=effects.__getitem__)
 
 
 def test_paraphrases_are_ranked_on_their_own(base, found, sets):

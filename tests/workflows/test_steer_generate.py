@@ -415,3 +415,32 @@ def test_plain_text_has_numbers_and_where_it_fired(made):
 def test_printing_without_a_terminal_is_the_plain_text(base, capsys):
     result = steer_generate_text.show(replace(base, max_new_tokens=2))
     assert capsys.readouterr().out == render(result) + "\n"
+
+
+def test_what_comes_with_a_model_does_not_change_what_is_most_probable(base, made, monkeypatch):
+    def penalised(*args, **options):
+        model, tokenizer = load_model(*args, **options)
+        model.generation_config.repetition_penalty = 50.0
+        return model, tokenizer
+
+    monkeypatch.setattr(steer_generate, "load_model", penalised)
+    assert ids_of(run(base).unsteered) == ids_of(made.unsteered)
+
+
+@pytest.mark.parametrize("strength", ["1e30", "3e38"])
+def test_strengths_that_break_the_model_are_told(base, strength):
+    found = run(replace(base, features=(f"0:5={strength}",), max_new_tokens=2))
+    assert (found.unsteered.broken, found.steered.broken) == (False, True)
+    assert "steered: the model stopped telling tokens apart" in " ".join(render(found).split())
+    assert "unsteered: the model stopped" not in " ".join(render(found).split())
+
+
+def test_a_terminal_of_one_column(base, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", screen)
+    for name, value in (("COLUMNS", "1"), ("LINES", "3"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    steer_generate_text.show(replace(base, max_new_tokens=2))
+    assert "s\nt\ne\ne\nr\ne\nd" in screen.getvalue()
