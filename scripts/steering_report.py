@@ -9,11 +9,14 @@ About half an hour on two cores.
 """
 
 import argparse
+import dataclasses
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from qscope.report import steer_eval_page, steer_eval_text, steer_find_page
+from qscope.steering import SteeringSpec
 from qscope.workflows import steer_eval, steer_find
 from qscope.workflows.steer_eval_result import SteerEvalResult
 from qscope.workflows.steer_find_texts import TRAIN, gather
@@ -71,12 +74,22 @@ def find(behaviour: Behaviour, work: Path) -> steer_find.SteerFindConfig:
         context_size=64,
         bootstrap=100,
         choose_by="target_change",
-        spec=work / f"{behaviour.name}-spec.json",
+        spec=work / f"{behaviour.name}-found.json",
+        out=work / f"{behaviour.name}-features.json",
         html=work / f"{behaviour.name}-features.html",
     )
     if not (work / f"{behaviour.name}-features.html").exists():
         steer_find_page.write(steer_find.run(config))
     return config
+
+
+def spec_of(behaviour: Behaviour, work: Path) -> Path:
+    """The spec that was found, with its strength as a share of the residual norm, as that of the baselines."""
+    result = json.loads((work / f"{behaviour.name}-features.json").read_text())
+    spec = SteeringSpec.load(work / f"{behaviour.name}-found.json")
+    norm = result["layers"][str(result["layer"])]["residual_norm"]
+    edits = tuple(dataclasses.replace(edit, unit="residual", scale=norm, strength=0.4) for edit in spec.edits)
+    return dataclasses.replace(spec, edits=edits).save(work / f"{behaviour.name}-spec.json")
 
 
 def training_texts(config: steer_find.SteerFindConfig, behaviour: Behaviour, work: Path) -> tuple[str, str]:
@@ -96,23 +109,22 @@ def training_texts(config: steer_find.SteerFindConfig, behaviour: Behaviour, wor
 
 def evaluate(behaviour: Behaviour, config: steer_find.SteerFindConfig, work: Path) -> SteerEvalResult:
     positive, negative = training_texts(config, behaviour, work)
-    assert config.spec is not None
     prompts = work / "prompts.txt"
     prompts.write_text(PROMPTS)
     return steer_eval.run(
         steer_eval.SteerEvalConfig(
-            spec=config.spec,
+            spec=spec_of(behaviour, work),
             prompts=str(prompts),
             detector=behaviour.detector,
             out=work / f"{behaviour.name}-eval",
-            strengths=(0.25, 0.5, 1.0, 1.5),
+            strengths=(0.4, 0.75, 1.0, 1.5),
             positive=positive,
             negative=negative,
             instruction=(behaviour.instruction,),
-            max_new_tokens=24,
-            neutral_texts=12,
+            max_new_tokens=20,
+            neutral_texts=8,
             neutral_tokens=64,
-            questions=24,
+            questions=16,
             context_size=64,
             random_features=1,
             random_directions=1,

@@ -116,7 +116,7 @@ def one_token_effect(
     For the output score the residual h of the last token becomes h + factor x a x d, where a is the largest activation
     of any feature there and d the decoder row: Arad, Mueller and Belinkov (EMNLP 2025, "SAEs Are Good for Steering - If
     You Select the Right Features"), who take factor 10 and one prompt. That is far outside what the model is used to,
-    so target_change is read with h + amount x d instead.
+    so target_change is read with h + amount x d instead; amounts that move the residual equally far compare features.
 
     prompts: token ids. lens: [n, 20] of `logit_lens`.
     """

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qscope.workflows.steer_find import SteerFindConfig
 
 DENSE = 0.1
+SHARE = 0.3  # of the layer's median residual norm: how far target_change moves a token, for all features alike
 TARGETS = 20
 
 
@@ -290,7 +291,7 @@ def _with_output(found: Found, layer: int, listed: list[FeatureFound], targets: 
         sae,
         layer,
         numbers,
-        [f.scale or 0.0 for f in listed],
+        (SHARE * found.codes[layer].residual_norm / sae.W_dec[numbers].float().norm(dim=1)).tolist(),
         prompts,
         lens.tokens,
         targets,

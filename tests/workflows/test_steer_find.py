@@ -11,6 +11,7 @@ import torch
 
 from qscope.cli import to_json
 from qscope.errors import InputError, ModelError
+from qscope.model import capture
 from qscope.report import steer_find_page, steer_find_text
 from qscope.sae import SAE
 from qscope.steering.spec import SteeringSpec
@@ -168,7 +169,17 @@ def test_output_scores_and_targets(base, found, plain):
     assert feature.lens == tuple(plain.tokenizer.decode([i]) for i in logits.topk(10).indices.tolist())
     ids = [plain.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (" the", " a")]
     assert feature.lens_target == pytest.approx(float((logits[ids].mean() - logits.mean()) / logits.std()), rel=1e-4)
-    assert feature.target_change is not None and 0 <= feature.output_score <= 1
+    assert 0 <= feature.output_score <= 1
+    change, row = [], sae.W_dec[feature.feature]
+    step = 0.3 * chosen.layers["2"].residual_norm * row / row.norm()
+    for prompt in ("It is", "This"):
+        one = torch.tensor([plain.tokenizer(prompt, add_special_tokens=False).input_ids])
+        with capture(plain.model, [2]) as residual:
+            before = plain.model(one).logits[0, -1]
+        h = residual[2][0, -1] + step  # layer 2 is the last block: the norm and the unembedding follow
+        after = norm(h) @ plain.model.lm_head.weight.T
+        change.append(float(after.log_softmax(-1)[ids].logsumexp(0) - before.log_softmax(-1)[ids].logsumexp(0)))
+    assert feature.target_change == pytest.approx(sum(change) / 2, rel=1e-3)
     without = run(replace(base, prompts=("",)))
     assert without.targets == () and without.layers["2"].features[0].output_score is None
     by_effect = run(replace(base, choose=1, choose_by="target_change"))
