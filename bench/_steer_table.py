@@ -23,7 +23,7 @@ def markdown(rows: list[Row]) -> str:
     facts = [f"torch {about['torch']}", *versions, f"python {about['python']}", f"commit {', '.join(commits)}"]
     lines = [f"# Steering on {about['device']}", "", f"{', '.join(facts)}.", "", _ABOUT, ""]
     losses = [loss for key in _groups(rows) for loss in _losses(_of(rows, key))]
-    lines += ["## Where qscope loses", "", *([f"- {loss}" for loss in losses] or ["Nowhere in what was measured."]), ""]
+    lines += ["## Where qscope loses", "", *([f"- {loss}" for loss in losses] or [_nowhere(rows)]), ""]
     for key in _groups(rows):
         model, dtype, mode, threads, clock = key
         where = (f", {threads} threads" if threads else "") + (", CPU time" if clock == "cpu" else "")
@@ -49,13 +49,20 @@ def _of(rows: list[Row], key: tuple[Any, ...]) -> list[Row]:
     return [row for row in rows if tuple(row[name] for name in _GROUP) == key]
 
 
+def _noise(rows: list[Row]) -> float:
+    """How far the unsteered model is from itself, at most."""
+    found = [row for row in rows if not row["note"] and row["provider"] == UNSTEERED]
+    return max((abs(row[name] - 1) for row in found for name in ("ratio", "ratio_min")), default=0.0)
+
+
+def _nowhere(rows: list[Row]) -> str:
+    return f"Nowhere by more than the noise, which is up to {_noise(rows):.1%} here: less cannot be told."
+
+
 def _losses(rows: list[Row]) -> list[str]:
     """Cases in which another is faster by more than what the unsteered model differs from itself."""
     good = [row for row in rows if not row["note"]]
-    noise = max(
-        (abs(r[name] - 1) for r in good if r["provider"] == UNSTEERED for name in ("ratio", "ratio_min")), default=0
-    )
-    found = []
+    noise, found = _noise(rows), []
     for mine in (row for row in good if row["provider"] == OURS):
         for other in good:
             faster = all(mine[name] - other[name] > noise for name in ("ratio", "ratio_min"))
