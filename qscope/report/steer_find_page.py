@@ -28,7 +28,8 @@ FORMULAS = {
     "top1 difference": "largest rate difference of a feature with pooling any; its interval is of the maximum",
     "output score": "(1 − lowest rank / V) × highest probability of the feature's 20 logit-lens tokens, after adding "
     "it at the last token of neutral prompts (Arad et al. 2025)",
-    "target change": "change of log P(a target token) when the feature moves the residual there by 0.3 of the median norm",
+    "target change": "change of log P(a target token) when the feature moves the residual there by 0.3 of its median "
+    "norm",
     "q99": "0.99 quantile of the feature's activation over the positive training tokens at which it fires",
     "dense": "fires at more than 10 % of the negative tokens",
     "z": "(activation − mean) / deviation over the pool and the response together",

@@ -142,7 +142,9 @@ def test_a_wrapper_that_passes_calls_on(model, saes, prompts):
 
 
 def test_weights_that_are_kept_elsewhere(saes, prompts):
-    accelerate = pytest.importorskip("accelerate", reason="offloads weights")
+    accelerate = pytest.importorskip(
+        "accelerate", reason="moves weights to other devices; no dependency, checked where it is installed"
+    )
     offloaded = accelerate.cpu_offload(make_model(), execution_device="cpu")
     saes = copy.deepcopy(saes)
     gated = (*EDITS, Edit(1, 6, strength=5.0, when=Gate(11, layer=0, mode="exact")))
