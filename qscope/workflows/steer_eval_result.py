@@ -1,5 +1,6 @@
 """What `qscope steer eval` found: figures of every arm and strength with intervals, comparisons, samples."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def measured(raw: Raw, base: Raw, predicted: int, draws: int, seed: int) -> Poin
     prompts = resamples(len(raw.scores), draws, seed)
     texts = resamples(len(raw.kl), draws, seed + 1)
     increase = [(a - b) / predicted for a, b in zip(raw.cross_entropy, base.cross_entropy, strict=True)]
-    per_text = lambda values: mean_interval(values, prompts)  # noqa: E731  (six times the same)
+    per_text = functools.partial(mean_interval, drawn=prompts)
     accuracy = None
     if raw.right:
         accuracy = mean_interval([float(r) for r in raw.right], resamples(len(raw.right), draws, seed + 2))

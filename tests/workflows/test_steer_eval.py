@@ -135,7 +135,10 @@ def test_side_effects_are_those_of_a_plain_hook(result, neutral, tiny):
     model, ids = neutral
     row = SAE.from_pretrained(tiny.saes[2]).W_dec[FEATURE].detach()
     base, changed = hooked(model, ids, 0.0), hooked(model, ids, 0.2 * row / row.norm())
-    loss = lambda logp: float(-logp.gather(-1, ids[:, 8:, None]).mean())  # noqa: E731
+
+    def loss(logp):
+        return float(-logp.gather(-1, ids[:, 8:, None]).mean())
+
     kl = float(divergences(base, changed).mean())
     norm = float(result.about["typical residual norm"].split()[0])
     (drawn,) = random_directions(32, 1, 0)
