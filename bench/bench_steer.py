@@ -9,6 +9,7 @@ qscope took more than 2 % per token with CUDA graphs.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -85,11 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _problem() -> str:
-    try:
-        import transformers  # noqa: F401  (a machine for kernels alone may lack it)
-    except ImportError:
-        return "transformers is not installed"
-    return ""
+    """A machine for kernels alone may lack it."""
+    return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
 
 
 # --- the model and what it is steered with -------------------------------------------------------------------
