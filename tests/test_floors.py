@@ -21,7 +21,9 @@ FLOORS = [
     ("qscope.model", 3),
     ("qscope.data", 3),
     ("qscope.store", 3),  # and store_format, store_writer, store_export
-    ("qscope.corpus", 3),
+    ("qscope.corpus", 3),  # and corpus_debian, corpus_labelled
+    ("qscope.records", 3),
+    ("qscope.question_sets", 3),
     ("qscope.packages", 3),
     ("qscope.embedded", 3),
     ("qscope.activation_store", 3),
@@ -31,6 +33,8 @@ FLOORS = [
     ("qscope.training", 3.5),  # made of the parts of floor 3, and what the workflows are made of
     ("qscope.steering", 3.5),
     ("qscope.finding", 3.5),
+    ("qscope.coverage", 3.6),  # built on finding's codes and scores
+    ("qscope.classification", 3.6),
     ("qscope.vllm_plugin", 3.7),  # steering inside another engine
     ("qscope.workflows", 4),
     ("qscope.report", 5),
