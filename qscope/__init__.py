@@ -11,6 +11,7 @@ from qscope._version import __version__
 if TYPE_CHECKING:
     from qscope import ops as ops
     from qscope.model import capture as capture
+    from qscope.post_training.penalty import FeaturePenalty as FeaturePenalty
     from qscope.sae import SAE as SAE
     from qscope.steering import SteeringSpec as SteeringSpec
     from qscope.steering import steer as steer
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "SAE": "qscope.sae",
+    "FeaturePenalty": "qscope.post_training.penalty",
     "FeatureStore": "qscope.store",
     "SteeringSpec": "qscope.steering",
     "capture": "qscope.model",
     "steer": "qscope.steering",
 }
 
-__all__ = ["SAE", "FeatureStore", "SteeringSpec", "__version__", "capture", "ops", "steer"]
+__all__ = ["SAE", "FeaturePenalty", "FeatureStore", "SteeringSpec", "__version__", "capture", "ops", "steer"]
 
 
 def __getattr__(name: str) -> Any:

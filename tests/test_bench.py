@@ -373,7 +373,8 @@ def test_a_device_that_is_not_there_is_refused():
 def test_workflow_and_folder_name_the_same_operators():
     assert set(workflow.Op.__args__) == set(OPS)
     scripts = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
-    assert scripts == {*OPS, "encode", "train", "steer"}  # and three whole programs, with their own main
+    programs = {"encode", "train", "steer", "coverage", "classify", "feature_penalty"}  # whole ones: their own main
+    assert scripts == {*OPS, *programs}
 
 
 def test_folder_runs_as_a_module_from_the_repository():

@@ -23,6 +23,7 @@ FLOORS = [
     ("qscope.store", 3),  # and store_format, store_writer, store_export
     ("qscope.corpus", 3),  # and corpus_debian, corpus_labelled
     ("qscope.records", 3),
+    ("qscope.endpoint", 2.9),
     ("qscope.question_sets", 3),
     ("qscope.packages", 3),
     ("qscope.embedded", 3),
@@ -35,6 +36,9 @@ FLOORS = [
     ("qscope.finding", 3.5),
     ("qscope.coverage", 3.6),  # built on finding's codes and scores
     ("qscope.classification", 3.6),
+    ("qscope.post_training", 3.6),
+    ("qscope.explaining", 3.6),
+    ("qscope.synthesis", 3.65),  # of explanations and rules
     ("qscope.vllm_plugin", 3.7),  # steering inside another engine
     ("qscope.workflows", 4),
     ("qscope.report", 5),

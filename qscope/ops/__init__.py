@@ -1,6 +1,7 @@
 """The operators, registered with torch.library under `qscope::`; one file each, with shapes and gradients."""
 
 from qscope.ops.decode_loss import decode_loss
+from qscope.ops.feature_penalty import FeatureExcess, feature_penalty
 from qscope.ops.feature_stats_ import feature_stats_, fired_bitmap
 from qscope.ops.pack_encoder import PackedEncoder, pack_encoder
 from qscope.ops.row_adam_ import row_adam_
@@ -15,9 +16,11 @@ from qscope.ops.topk_encode_packed import topk_encode_packed
 from qscope.ops.topk_select import topk_select
 
 __all__ = [
+    "FeatureExcess",
     "PackedEncoder",
     "SteerSetting",
     "decode_loss",
+    "feature_penalty",
     "feature_stats_",
     "fired_bitmap",
     "pack_encoder",

@@ -2,6 +2,7 @@
 
 from qscope.reference._workspace import rows_per_block
 from qscope.reference.decode_loss import decode_loss
+from qscope.reference.feature_penalty import feature_penalty, feature_penalty_grad
 from qscope.reference.feature_stats_ import feature_stats_
 from qscope.reference.pack_encoder import pack_encoder
 from qscope.reference.row_adam_ import row_adam_
@@ -17,6 +18,8 @@ from qscope.reference.topk_select import topk_select
 
 __all__ = [
     "decode_loss",
+    "feature_penalty",
+    "feature_penalty_grad",
     "feature_stats_",
     "pack_encoder",
     "row_adam_",
