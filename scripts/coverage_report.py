@@ -14,7 +14,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -173,6 +173,25 @@ def _apart(layer: str, claim: str, inside: Sequence[PairFound], outside: Sequenc
     return Check(layer, claim, low.relative > high.relative, figures)
 
 
+def without_questions(result: CoverageResult) -> CoverageResult:
+    """Exclusive features name rows of the files in DIR: the questions themselves are not redistributed."""
+    return replace(
+        result,
+        layers={
+            layer: replace(
+                found,
+                benchmarks=tuple(
+                    replace(b, exclusive=tuple(
+                        replace(f, items=tuple(replace(item, text="") for item in f.items)) for f in b.exclusive
+                    ))
+                    for b in found.benchmarks
+                ),
+            )
+            for layer, found in result.layers.items()
+        },
+    )  # fmt: skip
+
+
 # --- the report ------------------------------------------------------------------------------------------
 
 
@@ -206,7 +225,7 @@ def main() -> None:
             sensitivity=pooling == "any",
         )
         result = coverage.run(config)
-        coverage_page.write(result)
+        coverage_page.write(without_questions(result))
         shutil.copy(args.work / "coverage" / "coverage.html", args.work / f"question-sets-{pooling}.html")
         found = checks(result)
         said += [about.format(args.items), "", *(check.line() for check in found), ""]
