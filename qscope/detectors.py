@@ -13,22 +13,19 @@ judge:Is the text rude?   yes or no of another model, asked through an OpenAI-co
 
 import importlib
 import inspect
-import json
 import math
 import os
 import re
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qscope.endpoint import JUDGE_KEY, JUDGE_MODEL, JUDGE_URL, Endpoint, NonsenseError, ask
 from qscope.errors import InputError
 
+__all__ = ["JUDGE_KEY", "JUDGE_MODEL", "JUDGE_URL", "KINDS", "Detector", "parse", "script_share", "yes_or_no"]
 KINDS = ("script", "language", "keywords", "regex", "python", "judge")
-JUDGE_URL, JUDGE_MODEL, JUDGE_KEY = "QSCOPE_JUDGE_URL", "QSCOPE_JUDGE_MODEL", "QSCOPE_JUDGE_KEY"
 _ACCEPTED = (
     "script:Han, script:Han>0.3, language:fr, keywords:king,queen, keywords:@words.txt, regex:PATTERN, "
     "python:module:function and judge:QUESTION"
@@ -196,43 +193,26 @@ def _python(rest: str, name: str) -> Callable[[str, str], float]:
 
 # --- another model ---------------------------------------------------------------------------------------
 
-_ASK = (
-    "You judge a text. Question: {question}\n\nThe text, between the lines:\n-----\n{text}\n-----\n"
-    "Answer with one word, yes or no."
-)
+_ASK = "You judge a text. Question: {question}\n\nThe text, between the lines:\n-----\n{text}\n-----\n{form}"
+
+
+_FORM = "Answer with one word, yes or no."
 
 
 def _judge(rest: str, name: str) -> Callable[[str, str], float]:
-    """One request per text, temperature 0. Nothing is sent unless the environment names an endpoint."""
-    base, model = os.environ.get(JUDGE_URL, "").rstrip("/"), os.environ.get(JUDGE_MODEL, "")
-    if urllib.parse.urlsplit(base).scheme not in ("http", "https") or not model:
-        raise InputError(
-            f"The detector {name!r} asks another model, and none is configured. Set {JUDGE_URL} to the base URL of an "
-            f"OpenAI-compatible endpoint (such as http://localhost:8000/v1), {JUDGE_MODEL} to the model's name, and "
-            f"{JUDGE_KEY} where it wants a key."
-        )
+    """One question per text, temperature 0. Nothing is sent unless the environment names an endpoint."""
+    model = Endpoint.from_environment(f"The detector {name!r}", retries=2, wait=0.5)
 
-    def ask(text: str, _: str) -> float:
-        answer = _chat(base, model, _ASK.format(question=rest, text=text))
-        word = re.search(r"[a-z]+", answer.lower())
-        if word is None or word.group() not in ("yes", "no"):
-            raise InputError(f"The judge {model} answered {answer[:80]!r}, not yes or no. Take another model.")
-        return float(word.group() == "yes")
+    def judged(text: str, _: str) -> float:
+        try:
+            return ask(model, _ASK.format(question=rest, text=text, form=_FORM), yes_or_no, _FORM, max_tokens=8)
+        except NonsenseError as error:
+            raise InputError(f"The judge gave an answer that is not yes or no: {error}") from error
 
-    return ask
+    return judged
 
 
-def _chat(base: str, model: str, content: str) -> str:
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(JUDGE_KEY):
-        headers["Authorization"] = f"Bearer {os.environ[JUDGE_KEY]}"
-    request = urllib.request.Request(f"{base}/chat/completions", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return str(json.load(response)["choices"][0]["message"]["content"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, urllib.error.URLError) as error:
-        raise InputError(
-            f"The judge at {base} gave no usable answer ({type(error).__name__}: {error}). Check {JUDGE_URL}, "
-            f"{JUDGE_MODEL} and {JUDGE_KEY}; the same command goes on from there."
-        ) from error
+def yes_or_no(answer: str) -> float | None:
+    """1 for an answer whose first word is yes, 0 for no; None for any other."""
+    word = re.search(r"[a-z]+", answer.lower())
+    return {"yes": 1.0, "no": 0.0}.get(word.group()) if word else None

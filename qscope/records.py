@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import string
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,13 +56,13 @@ def read_records(path: Path, counts: RecordCounts | None = None) -> list[Record]
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise InputError(f"{path} has a name that does not tell its format. Accepted: {', '.join(SUFFIXES)}.")
-    if not path.is_file():
-        raise InputError(f"There is no file {path}. Accepted: {', '.join(SUFFIXES)}.")
     reader = _parquet if name.endswith(".parquet") else _csv if name.endswith(".csv") else _jsonl
     before = counts.broken
     try:
+        if not path.is_file():
+            raise InputError(f"There is no file {path}. Accepted: {', '.join(SUFFIXES)}.")
         found = reader(path, counts)
-    except (OSError, EOFError, csv.Error) as error:  # BadGzipFile is an OSError
+    except (OSError, EOFError, zlib.error, csv.Error) as error:  # BadGzipFile is an OSError
         raise InputError(f"{path} cannot be read to its end: {error}. Mend the file or leave it out.") from error
     if not found:
         broken = f" ({counts.broken - before} broken ones were left out)" if counts.broken > before else ""

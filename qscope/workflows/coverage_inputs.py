@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,39 +55,77 @@ class Benchmark:
 
 def gather(config: "CoverageConfig") -> tuple[Benchmark, ...]:
     """Read all benchmarks. Raises InputError for names given twice, unknown fields and benchmarks without items."""
-    named = [_named(text) for text in config.benchmarks]
+    named = [(_shown(name), path) for name, path in map(_named, config.benchmarks)]
     names = [name for name, _ in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(
             f"Two benchmarks are called {twice[0]!r} (a file's name, up to the dot, unless you say another). Name them "
-            f"apart: --benchmarks {twice[0]}-a=FIRST {twice[0]}-b=SECOND."
+            f"apart: {twice[0]}-a=FIRST {twice[0]}-b=SECOND."
         )
     fields, templates = (
         _by_name("--field-of", config.field_of, names),
         _by_name("--template-of", config.template_of, names),
     )
+    both = sorted(fields.keys() & templates.keys())
+    if both:
+        raise InputError(f"--field-of and --template-of both name {both[0]}. Give one of them for each benchmark.")
     prefix = _prefix(config.prefix_file)
     found = []
     for name, path in named:
-        if path.is_dir():
+        if os.path.isdir(path):  # False, not an error, where it cannot be looked at
+            if name in fields or name in templates:
+                raise InputError(
+                    f"--field-of or --template-of names {name}, a feature store, whose text was chosen by `qscope "
+                    "encode`. Leave it out."
+                )
             found.append(_store(name, path))
             continue
         template = templates.get(name, None if name in fields else config.template)
         maker = TextMaker(fields.get(name, config.field), template)
         option = "--field or --template (of one benchmark: --field-of, --template-of)"
         found.append(_file(name, path, maker, option, prefix, config))
+    _check(config, found)
     return tuple(found)
+
+
+def _check(config: "CoverageConfig", benchmarks: Sequence[Benchmark]) -> None:
+    """Refuse before the model runs what would be refused after it."""
+    stores = [benchmark for benchmark in benchmarks if benchmark.store is not None]
+    if stores and config.other_sae:
+        raise InputError(
+            f"--other-sae was given, and {stores[0].name} is a feature store, which holds the codes of its own SAE "
+            "only. Give the text it was made of instead, or leave --other-sae out."
+        )
+    smallest = min(benchmarks, key=_size)
+    if config.match_items is not None and config.match_items > _size(smallest):
+        raise too_many(config.match_items, smallest.name, _size(smallest))
+
+
+def too_many(n: int, name: str, items: int) -> InputError:
+    return InputError(
+        f"--match-items is {n}, and {name} has {items} items. Give at most as many as the smallest benchmark has; up "
+        "to half of them there are intervals."
+    )
+
+
+def _size(benchmark: Benchmark) -> int:
+    return len(benchmark.items) if benchmark.store is None else benchmark.rows
 
 
 def _named(text: str) -> tuple[str, Path]:
     """(name, path) of `name=path` or of a path, which may itself hold an equals sign."""
     name, sign, path = text.partition("=")
-    if sign and name and path and not Path(text).exists():
+    if sign and name and path and not os.path.exists(text):
         return name, Path(path)
-    lower = Path(text).name.lower()
-    suffix = next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), "")
-    return Path(text).name[: len(lower) - len(suffix)] or text, Path(text)
+    whole = Path(text).name
+    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if whole.lower().endswith(s)), "")
+    return whole[: len(whole) - len(suffix)] or text, Path(text)
+
+
+def _shown(text: str) -> str:
+    """A name as reports can write it: bytes of a file's name that are not UTF-8 are replaced."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _by_name(option: str, given: tuple[str, ...], names: list[str]) -> dict[str, str]:
@@ -108,7 +148,7 @@ def _prefix(path: Path | None) -> str:
 
 
 def _store(name: str, path: Path) -> Benchmark:
-    if not (path / MANIFEST).exists():
+    if not os.path.exists(path / MANIFEST):
         raise InputError(
             f"The benchmark {name} is the folder {path}, which is no feature store. Accepted: a folder that `qscope "
             f"encode` wrote (its documents are the items), or a file ({', '.join(SUFFIXES)})."
@@ -116,7 +156,7 @@ def _store(name: str, path: Path) -> Benchmark:
     store = FeatureStore(path)
     if not store.num_documents:
         raise InputError(f"The feature store {path} holds no document, so the benchmark {name} is empty. Leave it out.")
-    return Benchmark(name, str(path), store=store, rows=store.num_documents)
+    return Benchmark(name, _shown(str(path)), store=store, rows=store.num_documents)
 
 
 def _file(name: str, path: Path, maker: TextMaker, option: str, prefix: str, config: "CoverageConfig") -> Benchmark:
@@ -145,7 +185,7 @@ def _file(name: str, path: Path, maker: TextMaker, option: str, prefix: str, con
             "field, or leave the file out."
         )
     found = Benchmark(
-        name, str(path), tuple(items), None, counts.rows, counts.broken, counts.replaced, empty, duplicates,
+        name, _shown(str(path)), tuple(items), None, counts.rows, counts.broken, counts.replaced, empty, duplicates,
         duplicates if config.drop_duplicates else 0,
     )  # fmt: skip
     found = sample(found, config.max_items, config.seed)
@@ -194,7 +234,7 @@ def read_scores(path: Path, names: tuple[str, ...]) -> Scores:
     lacks. Raises InputError when fewer than three models or two benchmarks are left.
     """
     records = read_records(path)
-    label, *columns = list(records[0].fields)
+    label, *columns = _columns(path, records)
     known = [name for name in names if name in columns]
     if len(known) < 2:
         raise InputError(
@@ -204,10 +244,11 @@ def read_scores(path: Path, names: tuple[str, ...]) -> Scores:
     models, rows, missing = [], [], []
     for record in records:
         values = [_number(path, record, record.fields.get(name)) for name in known]
+        model = str(record.fields.get(label, f"row {record.number + 1}"))
         if any(math.isnan(value) for value in values):
-            missing.append(str(record.fields[label]))
+            missing.append(model)
         else:
-            models.append(str(record.fields[label]))
+            models.append(model)
             rows.append(values)
     if len(models) < LEAST_MODELS:
         gone = f" ({len(missing)} lack a score: {_some(missing)})" if missing else ""
@@ -226,16 +267,19 @@ def read_item_scores(path: Path, benchmark: Benchmark) -> tuple[tuple[str, ...],
 
     A column that is not numbers throughout is not a model; a model that lacks some item is left out and named.
     """
-    records = read_records(path)
-    if len(records) != benchmark.rows - benchmark.broken and len(records) != benchmark.rows:
+    counts = RecordCounts()
+    records = read_records(path, counts)
+    if counts.rows != benchmark.rows or counts.broken:
+        broken = f" ({counts.broken} of them broken)" if counts.broken else ""
         raise InputError(
-            f"--item-scores {path} has {len(records)} rows, and {benchmark.source} has {benchmark.rows}. Give a row "
-            "for each row of the benchmark, in the same order, and a column for each model."
+            f"--item-scores {path} has {counts.rows} rows{broken}, and {benchmark.source} has {benchmark.rows}. Give a "
+            "row for each row of the benchmark, broken ones included, in the same order, and a column for each model."
         )
     by_row = {record.number: record for record in records}
     wanted = [item.row for item in benchmark.items]
     models, columns, missing = [], [], []
-    for name in records[0].fields:
+    names = _columns(path, records)
+    for name in names:
         try:
             values = [_number(path, by_row[row], by_row[row].fields.get(name)) for row in wanted]
         except InputError:  # a column of words (an id, the question), not one of scores
@@ -248,10 +292,19 @@ def read_item_scores(path: Path, benchmark: Benchmark) -> tuple[tuple[str, ...],
     if len(models) < LEAST_MODELS:
         raise InputError(
             f"--item-scores {path} has {len(models)} columns that are numbers for every item; at least {LEAST_MODELS} "
-            f"models are needed. Its columns: {', '.join(map(str, records[0].fields))}."
+            f"models are needed. Its columns: {', '.join(names)}."
         )
-    notes = [f"models that lack a score of some item of {benchmark.name} are left out: {_some(missing)}"]
-    return tuple(models), np.array(columns, np.float64), tuple(notes if missing else ())
+    notes = [f"item scores of {benchmark.name}: {len(models)} columns are taken for models: {_some(models)}"]
+    notes += [f"models that lack a score of some item of {benchmark.name} are left out: {_some(missing)}"] * bool(missing)
+    return tuple(models), np.array(columns, np.float64), tuple(notes)
+
+
+def _columns(path: Path, records: Sequence[Record]) -> list[str]:
+    """Of all rows: a row of a .jsonl file may lack a score."""
+    found = list(dict.fromkeys(name for record in records for name in record.fields))
+    if not found:
+        raise InputError(f"{path} has no columns. Give a table with a column for each score.")
+    return found
 
 
 def _number(path: Path, record: Record, value: Any) -> float:
@@ -262,7 +315,7 @@ def _number(path: Path, record: Record, value: Any) -> float:
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"Row {record.number + 1} of {path} holds {json.dumps(value, default=str)[:60]} where a score is expected. "
             "Give numbers; an empty cell is a missing score."

@@ -20,10 +20,10 @@ from qscope.coverage.measures import (
 from qscope.coverage.resampling import permutation_test
 from qscope.coverage.subset import Cover, smallest_cover
 from qscope.coverage.suite import Overlaps, Suite, linkage
-from qscope.errors import InputError
 from qscope.finding.pooled import Floats
 from qscope.finding.stability import Interval
 from qscope.workflows.coverage_exclusive import most_exclusive, with_items, with_lens
+from qscope.workflows.coverage_inputs import too_many
 from qscope.workflows.coverage_performance import Scored, beside, known_or_none
 from qscope.workflows.coverage_read import Loaded, Read, total_facts
 from qscope.workflows.coverage_resampling import Measured, resampled
@@ -53,10 +53,7 @@ def measure(
     """The result without its files, and what the tables of items and features are made of."""
     smallest = min(loaded.benchmarks, key=len)
     if config.match_items is not None and config.match_items > len(smallest):
-        raise InputError(
-            f"--match-items is {config.match_items}, and {smallest.benchmark.name} has {len(smallest)} items. Give at "
-            "most as many as the smallest benchmark has; up to half of them there are intervals."
-        )
+        raise too_many(config.match_items, smallest.benchmark.name, len(smallest))
     n = config.match_items or max(1, len(smallest) // 2)
     exclusive, notes = _exclusive(config, loaded)
     layers, details = {}, {}
@@ -347,6 +344,8 @@ def _notes(config: "CoverageConfig", loaded: Loaded, n: int) -> list[str]:
             f"no intervals: they need half of the smallest benchmark ({least} items) to have the {n} items at which "
             "benchmarks are compared"
         )
+    if len(reads) == 1 and (config.sensitivity or config.other_sae):
+        notes.append("no sensitivity: rankings need two benchmarks")
     stores = [r.benchmark.name for r in reads if r.benchmark.store is not None]
     if stores and loaded.null:
         notes.append(f"random text in place of {', '.join(stores)}: at most {config.context_size} tokens per document")

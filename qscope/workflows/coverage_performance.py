@@ -64,7 +64,10 @@ def read(config: "CoverageConfig", benchmarks: Sequence[Benchmark]) -> Scored | 
             raise InputError(f"--item-scores names {name}, a feature store; only benchmarks from files have rows.")
         models, values, said = read_item_scores(Path(path), by_name[name])
         notes += said
-        items[name] = (len(models), performance_redundancy(values, seed=config.seed))
+        try:
+            items[name] = (len(models), performance_redundancy(values, seed=config.seed))
+        except InputError as error:
+            raise InputError(f"--item-scores {path}, for {name}: {error} Leave it out.") from error
     return Scored(table, items, tuple(notes))
 
 
