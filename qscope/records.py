@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import string
 import zlib
 from collections.abc import Iterable, Sequence
@@ -151,6 +152,8 @@ class TextMaker:
         if template is None:
             self._parts = [("", field, "", None)]  # a field whose name holds braces or dots is still one field
         self.fields = tuple(dict.fromkeys(name for _, name, _, _ in self._parts if name is not None))
+        if template is None and not field:
+            raise InputError("The name of the field is empty. Give the name of a field of the file.")
         if not self.fields or "" in self.fields:
             raise InputError(f"The template {template!r} names no field. Name fields in braces, such as {{question}}.")
         if any(form or conversion for _, _, form, conversion in self._parts):
@@ -170,7 +173,7 @@ def _plain(value: Any) -> str:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # no lone surrogates
     if isinstance(value, list | tuple):
         return "\n".join(map(_plain, value))
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for a missing text
         return ""
     return str(value) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False, default=str)
 

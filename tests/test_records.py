@@ -66,6 +66,7 @@ def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path):
         ("c.jsonl", b"", "holds no usable row"),
         ("d.jsonl", b"nonsense\n", "1 broken ones were left out"),
         ("e.jsonl.gz", b"\x1f\x8bnot", "cannot be read to its end"),
+        ("e2.jsonl.gz", gzip.compress(b"{}" * 100, mtime=0)[:10] + b"\xff" * 40, "cannot be read to its end"),
         ("f.parquet", b"PAR1", "not a readable Parquet file"),
         ("g.csv", b"a,a\n1,2\n", "names a column twice"),
     ],
@@ -83,6 +84,7 @@ def test_templates():
     assert TextMaker("a.b")(record) == "dot"
     assert TextMaker("d")(record) == '{"b": "é"}'
     assert TextMaker("s")(record) == "\ufffd"
+    assert TextMaker(template="{n}|{m}")(Record(0, {"n": float("nan"), "m": 0.5})) == "|0.5"
     assert TextMaker(template="{q}{n}{q}").fields == ("q", "n")
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from qscope.errors import InputError
+from qscope.files import acquire_lock, storage_error
 from qscope.finding.pooled import Pooling
 from qscope.workflows.coverage_inputs import gather
 from qscope.workflows.coverage_measure import measure
@@ -79,7 +80,8 @@ class CoverageConfig:
     sensitivity: bool = False
     """Also with other poolings, thresholds and top n, and between layers: how far the rankings move."""
     other_sae: tuple[str, ...] = ()
-    """Further SAEs for the same layers, compared in the sensitivity table; each runs the model once more."""
+    """Further SAEs for the same layers, compared in the sensitivity table; each runs the model once more. Not with
+    feature stores."""
     exclusive: int = 8
     """Features listed for each benchmark as most exclusive to it."""
     resamples: int = 200
@@ -115,7 +117,7 @@ class CoverageConfig:
                 "No benchmark was given. Name files (.jsonl, .jsonl.gz, .csv, .parquet) or feature stores."
             )
         least = {"max_items": 1, "top_n": 1, "match_items": 1, "exclusive": 0, "resamples": 0, "permutations": 0}
-        least |= {"context_size": 2}
+        least |= {"context_size": 2, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -129,7 +131,18 @@ class CoverageConfig:
 
 
 def run(config: CoverageConfig) -> CoverageResult:
-    """Read the benchmarks, measure them, and write the tables. Raises QscopeError for what a user can mend."""
+    """Read the benchmarks, measure them, and write the tables. Raises QscopeError for what a user can mend.
+
+    A second run in the same folder is refused as long as the first one is at work.
+    """
     benchmarks = gather(config)
     scored = read(config, benchmarks)
-    return write_tables(*measure(config, load(config, benchmarks), scored))
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, config.out) from error
+    lock = acquire_lock(config.out)
+    try:
+        return write_tables(*measure(config, load(config, benchmarks), scored))
+    finally:
+        lock.release()

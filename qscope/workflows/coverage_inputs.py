@@ -124,8 +124,8 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _shown(text: str) -> str:
-    """A name as reports can write it: bytes of a file's name that are not UTF-8 are replaced."""
-    return text.encode("utf-8", "replace").decode()
+    """A name as reports and terminals can write it: no control characters, no bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _by_name(option: str, given: tuple[str, ...], names: list[str]) -> dict[str, str]:
@@ -295,7 +295,8 @@ def read_item_scores(path: Path, benchmark: Benchmark) -> tuple[tuple[str, ...],
             f"models are needed. Its columns: {', '.join(names)}."
         )
     notes = [f"item scores of {benchmark.name}: {len(models)} columns are taken for models: {_some(models)}"]
-    notes += [f"models that lack a score of some item of {benchmark.name} are left out: {_some(missing)}"] * bool(missing)
+    if missing:
+        notes.append(f"models that lack a score of some item of {benchmark.name} are left out: {_some(missing)}")
     return tuple(models), np.array(columns, np.float64), tuple(notes)
 
 
