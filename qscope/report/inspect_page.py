@@ -16,7 +16,7 @@ from typing import Any
 
 from qscope._version import __version__
 from qscope.report.page_file import write_whole
-from qscope.workflows.inspect_result import ORDERS, Context, Feature, InspectResult, Text
+from qscope.workflows.inspect_result import ORDERS, Context, Feature, InspectResult, Meaning, Text
 
 MOST_FEATURES = 400
 MOST_CONTEXTS = 12
@@ -111,7 +111,16 @@ def _feature(feature: Feature) -> dict[str, Any]:
         "histogram": feature.histogram,
         "top": [[visible(t.text), t.count, _short(t.share)] for t in feature.top_tokens],
         "contexts": [_context(c) for c in feature.contexts[:MOST_CONTEXTS]],
+        "meaning": None if feature.meaning is None else said(feature.meaning),
     }
+
+
+def said(meaning: Meaning) -> str:
+    """An explanation with its scores, on one line."""
+    scores = {"detection": meaning.detection, "fuzzing": meaning.fuzzing}
+    known = [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
+    by = [] if meaning.by == "plain" else [meaning.by]
+    return visible(meaning.text) + (f" ({', '.join(by + known)})" if by or known else "")
 
 
 def _context(context: Context) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable
 
-from qscope.report.inspect_page import finish, visible
+from qscope.report.inspect_page import finish, said, visible
 from qscope.workflows.inspect_result import (
     ORDERS,
     TEXT_ORDERS,
@@ -72,6 +73,8 @@ def _list(result: InspectResult, width: int, ansi: bool) -> list[str]:
             _number(feature.max),
         )
         lines.append(clip(f"{row}  {_top_tokens(feature)}", width))
+        if feature.meaning is not None:
+            lines.append(clip(f"{'':9}{said(feature.meaning)}", width))
         lines += [_passage(context, 9, width, ansi) for context in feature.contexts[:1]]
     return [
         *lines,
@@ -93,6 +96,7 @@ def _in_depth(feature: Feature, width: int, ansi: bool) -> list[str]:
     lines = [
         *_flow(facts, width),
         f"0 {steps} {_number(feature.max)}",
+        *([] if feature.meaning is None else ["", *textwrap.wrap(said(feature.meaning), width)]),
         "",
         "tokens that carry its activation",
     ]

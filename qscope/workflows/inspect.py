@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from qscope.errors import InputError
+from qscope.explaining.journal import load_explanations
 from qscope.store import FeatureStore, LayerCodes, StoredDocument
 from qscope.workflows.inspect_result import (
     ORDERS,
     Feature,
     InspectResult,
+    Meaning,
     Order,
     Text,
     TextFeature,
@@ -66,6 +68,8 @@ class InspectConfig:
     include_sinks: bool = False
     """Count tokens of extreme norm (attention sinks, mostly first tokens) as well. NaN rows are never
     counted."""
+    explanations: Path | None = None
+    """Show what `qscope explain` says of each feature: the folder or file that it wrote."""
     html: Path | None = None
     """Write a page to look at in a browser: one file, no network."""
 
@@ -132,11 +136,23 @@ class _View:
             raise InputError(f"layer={config.layer} was given, but the store holds layers {held}.")
         _check_range("feature", config.feature, self.store.d_sae(self.layer))
         _check_range("document", config.document, self.store.num_documents)
+        self.meanings = self._meanings(config.explanations)
         self.words = Words(self.store.tokenizer())
         self.survey = survey_store(self.store, self.layer, config.contexts, config.window, config.include_sinks)
         # Within one token, the order "specific" discounts features that are always on.
         specific = config.order == "specific"
         self.weight = self.survey.rarity() if specific else np.ones(self.survey.d_sae)
+
+    def _meanings(self, path: Path | None) -> dict[int, Meaning]:
+        if path is None:
+            return {}
+        found = load_explanations(path, {self.layer: self.store.settings.sae(self.layer).sha256})
+        meanings = {}
+        for (_, feature), one in found.items():
+            scores = {kind: one.scores[kind].balanced_accuracy for kind in one.scores}
+            by = "plain" if one.problem else one.made.explainer
+            meanings[feature] = Meaning(one.text, by, scores.get("detection"), scores.get("fuzzing"))
+        return meanings
 
     def leading(self) -> list[int]:
         """The first features of the chosen order, lowest id first among equals; dead ones never."""
@@ -171,6 +187,7 @@ class _View:
                 histogram=gathered.histogram[slot * BINS : (slot + 1) * BINS].tolist(),
                 top_tokens=gathered.top_tokens(slot, self.words, 8),
                 contexts=[p.context(self.words) for p in passages[f]],
+                meaning=self.meanings.get(f),
             )
             for slot, f in enumerate(chosen)
         ]

@@ -44,6 +44,18 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What `qscope explain` says of a feature."""
+
+    text: str
+    by: str
+    """plain, or the model that wrote it"""
+    detection: float | None
+    """Balanced accuracy on passages set aside; 0.5 is chance. None where it was not scored"""
+    fuzzing: float | None
+
+
+@dataclass(frozen=True)
 class Feature:
     """One feature over the whole store."""
 
@@ -61,6 +73,7 @@ class Feature:
     """Active tokens in 16 equal steps of activation from 0 to `max`."""
     top_tokens: list[TokenShare]
     contexts: list[Context]
+    meaning: Meaning | None = None
 
 
 @dataclass(frozen=True)
