@@ -113,6 +113,12 @@ COMMANDS = {
         "qscope.workflows.classify_serve_check:ClassifyServeCheckConfig",
         "qscope.report.classify_predict_text:render_check",
     ),
+    "explain": Command(
+        "features in words: contexts, tokens, a model's explanation, and how well it tells where they fire",
+        "qscope.workflows.explain:ExplainConfig",
+        "qscope.report.explain_text:render",
+        page="qscope.report.explain_page:write",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",

@@ -306,8 +306,8 @@ def fit(
         multi_layer: also a rule of one feature each of so many layers, the best by top1-diff.
 
     Raises:
-        InputError: for a K larger than the features that can be chosen at the chosen layer (at other layers such
-            candidates are left out), and for a layer or K that is not among those given.
+        InputError: where the chosen layer has fewer features that can be chosen than `count`, or than the smallest K
+            (a larger K is left out), and for a layer or K that is not among those given.
     """
     settings = settings or FitSettings()
     top1 = top1_differences(data)
@@ -320,9 +320,10 @@ def fit(
         )
     ranked = {number: rank_features(data, number, settings) for number in sorted(data.codes)}
     candidates = []
+    needed = min(settings.counts) if count is None else count
     for number, features in ranked.items():
         for k in sorted(settings.counts):
-            if number == best or k <= len(features.features):
+            if k <= len(features.features) or (number == best and k == needed):  # the latter to be refused
                 candidates.append(make_candidate(data, features.clauses(k), settings))
     own = [c for c in candidates if c.rule.layers == (best,) and count in (None, c.count)]
     several = None

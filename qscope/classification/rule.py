@@ -261,6 +261,12 @@ class OrRule:
         return replace(self, clauses=clauses)
 
 
+def check_names(classes: Sequence[str]) -> None:
+    """Raises InputError for two classes of one name: decisions are told by it."""
+    if len(set(classes)) < len(classes):
+        raise InputError(f"The classes of a rule are {', '.join(classes)}; each needs a name of its own.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureRule(OrRule):
     """A rule with all that is needed to use it elsewhere. Raises InputError for a feature that its SAE lacks."""
@@ -272,6 +278,7 @@ class FeatureRule(OrRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names(self.classes)
         for clause in self.clauses:
             d_sae = self.source.sae(clause.layer).d_sae
             if not 0 <= clause.feature < d_sae:
@@ -348,6 +355,7 @@ class MulticlassRule(OneVsRest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names(self.classes)
         if len(self.classes) != len(self.rules) or any(rule.source != self.source for rule in self.rules):
             raise InputError(
                 f"The {len(self.rules)} rules of {len(self.classes)} classes must be one for each class, all for the "

@@ -81,7 +81,7 @@ def make_split(
     Raises:
         InputError: for shares that do not add up, and where training or calibration has fewer than two of a class.
     """
-    if abs(sum(shares) - 1) > 1e-9 or min(shares) < 0 or min(shares[:2]) <= 0:
+    if not (abs(sum(shares) - 1) <= 1e-9 and min(shares) >= 0 and min(shares[:2]) > 0):  # NaN is refused too
         raise InputError(
             f"The shares of training, calibration and test are {', '.join(map(str, shares))}; they must add up to 1, "
             "and training and calibration must be above 0."

@@ -25,7 +25,8 @@ from qscope.workflows.classify_evaluate_methods import BASELINES, Data
 from qscope.workflows.classify_evaluate_result import ClassifyEvaluateResult, plain, table
 from qscope.workflows.classify_evaluate_rule import named_rule, read_rule
 from qscope.workflows.classify_inputs import Labelled, read_labelled, text_hash
-from qscope.workflows.classify_rules import ModelOptions, encoder_for
+from qscope.workflows.classify_read import train_limits
+from qscope.workflows.classify_rules import ModelOptions, encoder_for, known_dtype, known_precision, source_of
 from qscope.workflows.encode import EncodeConfig
 from qscope.workflows.encoder import Encoder, load_encoder
 from qscope.workflows.text_features import TextFeatures, TokenTexts, Truncate, read_features, tokenize_texts
@@ -132,7 +133,7 @@ class ClassifyEvaluateConfig:
             raise InputError(f"--counts {' '.join(map(str, self.counts))}: numbers of at least 1 are accepted.")
         if self.max_fpr is not None and not 0 < self.max_fpr < 1:
             raise InputError(f"--max-fpr is {self.max_fpr}; a rate above 0 and below 1 is accepted.")
-        if self.calibration <= 0 or self.test <= 0 or self.calibration + self.test >= 1:
+        if not (self.calibration > 0 and self.test > 0 and self.calibration + self.test < 1):
             raise InputError(
                 f"--calibration is {self.calibration} and --test {self.test}; both must be above 0, and below 1 "
                 "together: the rest is for training."
@@ -177,7 +178,9 @@ def run(config: ClassifyEvaluateConfig) -> ClassifyEvaluateResult:
     )
     _write(result)
     if given is None and found.rule is not None:
-        rule = named_rule(found.rule, labelled, encoder, _settings(config), found.top1, context, truncate)
+        source = source_of(encoder, config.model, config.sae, context, truncate)
+        sinks = train_limits(encoder, tokens, data.problem.train, found.rule.layers)
+        rule = named_rule(found.rule, labelled.names, source, _settings(config), found.top1, sinks)
         save_rule(rule, config.out / "rule.json")
         parts = classify_split.parts_of(labelled.texts, split)
         classify_split.write_parts(classify_split.split_path(config.out / "rule.json"), parts)
@@ -237,9 +240,13 @@ def _encoder(config: ClassifyEvaluateConfig, given: Rule | None) -> Encoder:
         dtype = "rule" if config.dtype == "auto" else config.dtype
         options = ModelOptions(config.model, config.sae, dtype, config.device, config.batch_tokens)
         return encoder_for(given, options)
-    missing = [] if given is None else sorted(set(given.layers) - set(config.layers))
-    if missing:
-        raise InputError(f"The rule has features of layer {missing[0]}, which --layers leaves out. Name it there too.")
+    if given is not None:
+        missing = sorted(set(given.layers) - set(config.layers))
+        if missing:
+            raise InputError(
+                f"The rule has features of layer {missing[0]}, which --layers leaves out. Name it there too."
+            )
+        config = as_fitted(config, given)
     encoder = load_encoder(
         EncodeConfig(
             text=(), model=config.model, sae=config.sae, layers=config.layers, k=config.k,
@@ -252,6 +259,13 @@ def _encoder(config: ClassifyEvaluateConfig, given: Rule | None) -> Encoder:
         for layer in given.layers:
             given.source.check_sae(layer, encoder.saes[layer].weight_hash())
     return encoder
+
+
+def as_fitted(config: ClassifyEvaluateConfig, given: Rule) -> ClassifyEvaluateConfig:
+    """Read as the rule's activations were: with another BOS or precision its thresholds mean nothing."""
+    source = given.source
+    dtype = known_dtype(source.dtype) if config.dtype == "auto" else config.dtype
+    return dataclasses.replace(config, bos=source.bos, precision=known_precision(source.precision), dtype=dtype)
 
 
 def _reading_notes(tokens: TokenTexts, features: TextFeatures) -> list[str]:

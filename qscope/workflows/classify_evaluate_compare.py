@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from qscope.classification import fitting
 from qscope.classification.fitting import FitSettings
 from qscope.classification.rule import OneVsRest, OrRule, Rule
@@ -27,12 +25,11 @@ from qscope.workflows.classify_evaluate_result import ChosenFeature, Stability
 from qscope.workflows.classify_evaluate_rule import Rules, features_of, file_entry, fit_data, fixed
 from qscope.workflows.classify_evaluate_rule import describe as describe_rule
 from qscope.workflows.classify_evaluate_table import layer_lines, losses, per_class, table, verdict
-from qscope.workflows.classify_read import Membership, block_rows, norm_limits, read_block
+from qscope.workflows.classify_read import Membership, block_rows, read_block, train_limits
 from qscope.workflows.encoder import Encoder
 from qscope.workflows.text_features import TokenTexts, concatenate
 
 STUDIES = ("efficiency", "transfer", "stability", "sensitivity")
-NORM_TOKENS = 8192  # of the training texts, whose median norm tells what an attention sink is
 
 
 @dataclass(frozen=True)
@@ -162,8 +159,7 @@ def read_named(
     encoder: Encoder, data: Data, tokens: TokenTexts, features: Mapping[int, Sequence[int]], membership: Membership
 ) -> dict[int, PooledCodes]:
     """Codes of named features of all texts, by another run of the model as far as the deepest layer that is needed."""
-    train = data.problem.train[np.cumsum(tokens.lengths[data.problem.train]) <= NORM_TOKENS]
-    limits = norm_limits(encoder, tokens.rows(train if len(train) else data.problem.train[:1]), tuple(features))
+    limits = train_limits(encoder, tokens, data.problem.train, tuple(features))
     blocks = [
         read_block(encoder, features, tokens.rows(range(rows.start, rows.stop)), membership, limits)
         for rows in block_rows(tokens.lengths)

@@ -10,15 +10,14 @@ from qscope.classification import fitting, studies
 from qscope.classification.fitting import Candidate, Fit, FitData, FitSettings, Ranked
 from qscope.classification.methods import Learned, Method, Problem
 from qscope.classification.metrics import Prediction, figures
-from qscope.classification.rule import Choice, FeatureRule, MulticlassRule, OneVsRest, OrRule, Rule, RuleSAE, Source
+from qscope.classification.rule import Choice, FeatureRule, MulticlassRule, OneVsRest, OrRule, Rule, Source
 from qscope.classification.rule_file import load_rule
 from qscope.errors import InputError
 from qscope.finding.pooled import Ints, PooledCodes, Pooling
 from qscope.workflows.classify_evaluate_methods import Data, Entry
 from qscope.workflows.classify_evaluate_result import ChosenFeature, SensitivityRow, Stability
 from qscope.workflows.classify_inputs import Labelled
-from qscope.workflows.encoder import Encoder
-from qscope.workflows.text_features import Truncate
+from qscope.workflows.classify_rules import limit_details
 
 Codes = Mapping[int, PooledCodes]
 TOP = 10
@@ -310,38 +309,24 @@ def file_entry(rule: Rule, name: str, data: Data, codes: Codes) -> Entry:
 
 
 def named_rule(
-    rule: OrRule | OneVsRest, labelled: Labelled, encoder: Encoder, settings: FitSettings, top1: Mapping[int, float],
-    context_size: int, truncate: Truncate,
+    rule: OrRule | OneVsRest, names: Sequence[str], source: Source, settings: FitSettings, top1: Mapping[int, float],
+    limits: Mapping[int, float],
 ) -> Rule:  # fmt: skip
-    """The rule with all that is needed to use it elsewhere."""
-    source = Source(
-        model=encoder.model_name,
-        model_sha256=encoder.model_sha256,
-        tokenizer_sha256=encoder.tokenizer_sha256,
-        saes=tuple(
-            RuleSAE(layer, sae.weight_hash(), sae.d_sae, sae.k, sae.card.source if sae.card else None)
-            for layer, sae in sorted(encoder.saes.items())
-            if layer in rule.layers
-        ),
-        context_size=context_size,
-        truncate=truncate,
-        bos=encoder.bos is not None,
-        dtype=encoder.dtype,
-        precision=encoder.precision,
-    )
+    """The rule with all that is needed to use it elsewhere. limits: layer -> norm of an attention sink."""
     choice = Choice(
         metric=settings.metric,
         layer_rule="top1-diff",
         threshold_rule="0" if settings.target is None else f"false-positive rate {settings.target:g} on calibration",
         top1_difference={str(layer): value for layer, value in top1.items()},
+        details=limit_details(limits),
     )
     if isinstance(rule, OneVsRest):
         rules = tuple(
             FeatureRule(r.clauses, r.pooling, r.membership, classes=(name, f"not {name}"), source=source, chosen=choice)
-            for name, r in zip(labelled.names, rule.rules, strict=True)
+            for name, r in zip(names, rule.rules, strict=True)
         )
-        return MulticlassRule(rules=rules, majority=rule.majority, classes=labelled.names)
-    negative, positive = labelled.names
+        return MulticlassRule(rules=rules, majority=rule.majority, classes=tuple(names))
+    negative, positive = names
     return FeatureRule(
         rule.clauses, rule.pooling, rule.membership, classes=(positive, negative), source=source, chosen=choice
     )

@@ -111,7 +111,7 @@ class ClassifyFitConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}.")
-        if self.calibration <= 0 or self.test < 0 or self.calibration + self.test >= 1:
+        if not (self.calibration > 0 and self.test >= 0 and self.calibration + self.test < 1):
             raise InputError(
                 f"--calibration is {self.calibration} and --test {self.test}; the first must be above 0, the second at "
                 "least 0, and both together below 1: the rest is for training."

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qscope import embedded
 from qscope._version import __version__
 from qscope.classification import FeatureRule, MulticlassRule, Split, save_rule
 from qscope.classification.fitting import (
@@ -23,15 +22,15 @@ from qscope.classification.fitting import (
     fit_multiclass,
     make_candidate,
 )
-from qscope.classification.rule import Choice, Clause, Rule, RuleSAE, Source
+from qscope.classification.rule import Choice, Clause, Rule, Source
 from qscope.errors import ModelError
 from qscope.finding.output_score import logit_lens
 from qscope.finding.pooled import Ints, PooledCodes
 from qscope.workflows.classify_fit_result import ClassifyFitResult, ClauseFound, LayerLine, SensitivityLine
 from qscope.workflows.classify_fit_sensitivity import one_class, several_classes
 from qscope.workflows.classify_inputs import Labelled
-from qscope.workflows.classify_read import block_rows, norm_limits, read_block, token_text
-from qscope.workflows.classify_rules import LIMIT, PREACT, of_rules
+from qscope.workflows.classify_read import block_rows, read_block, token_text, train_limits
+from qscope.workflows.classify_rules import LIMIT, PREACT, limit_details, of_rules, source_of
 from qscope.workflows.classify_split import parts_of, split_path, test_digest, write_parts
 from qscope.workflows.encoder import Encoder
 from qscope.workflows.steer_find_result import Context
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 Scores = Mapping[str, npt.NDArray[Any]]
 CONTEXTS = 3  # texts shown of each feature
-NORM_TOKENS = 4096  # of the training texts, whose median norm tells what an attention sink is
 LENS = 10
 
 
@@ -72,10 +70,7 @@ class Fitting:
     @cached_property
     def limits(self) -> dict[int, float]:
         """Layer -> residual norm above which a token is an attention sink, by the first training texts."""
-        train = np.flatnonzero(self.weight("train"))
-        ends = np.cumsum(self.texts.lengths[train])
-        first = train[: int(np.searchsorted(ends, NORM_TOKENS)) + 1]
-        return norm_limits(self.encoder, self.texts.rows(first), self.encoder.layers)
+        return train_limits(self.encoder, self.texts, np.flatnonzero(self.weight("train")), self.encoder.layers)
 
     def weight(self, part: str) -> Ints:
         """1 for the texts of a part."""
@@ -88,27 +83,8 @@ class Fitting:
 
     @cached_property
     def source(self) -> Source:
-        config, encoder = self.config, self.encoder
-        saes = tuple(
-            RuleSAE(layer, sae.weight_hash(), sae.d_sae, sae.k, self._sae_name(layer))
-            for layer, sae in sorted(encoder.saes.items())
-        )
-        return Source(
-            model=config.model or embedded.DEFAULT_MODEL_NAME,
-            model_sha256=encoder.model_sha256,
-            tokenizer_sha256=encoder.tokenizer_sha256,
-            saes=saes,
-            context_size=config.context_size,
-            truncate=config.truncate,
-            bos=config.bos,
-            dtype=encoder.dtype,
-            precision=encoder.precision,
-        )
-
-    def _sae_name(self, layer: int) -> str:
-        """By which `SAE.from_pretrained` finds it again."""
-        names = self.config.sae or (embedded.SAES,)
-        return names[0] if len(names) == 1 else names[list(self.encoder.saes).index(layer)]
+        config = self.config
+        return source_of(self.encoder, config.model, config.sae, config.context_size, config.truncate)
 
 
 def fitted(found: Fitting) -> ClassifyFitResult:
@@ -140,7 +116,7 @@ def fitted(found: Fitting) -> ClassifyFitResult:
     return ClassifyFitResult(
         model=found.encoder.model_name,
         about=_about(found, rule),
-        notes=(*found.data.notes(), *_notes(found, rule), *notes),
+        notes=(*found.data.notes(), *_notes(found, rule), *_left_out(found, fits), *notes),
         classes=found.data.names,
         counts=found.split.counts(found.data.label, found.data.names),
         layers=_layers(found, fits, chosen),
@@ -215,7 +191,7 @@ def _details(found: Fitting, layers: list[int]) -> dict[str, str]:
     """What a rule must hold besides its features: which tokens count, and which texts were set aside."""
     config, parts = found.config, parts_of(found.data.texts, found.split)
     return {
-        **{f"{LIMIT}{layer}": repr(found.limits[layer]) for layer in layers if np.isfinite(found.limits[layer])},
+        **limit_details({layer: found.limits[layer] for layer in layers}),
         "split": f"shares {1 - config.calibration - config.test:g}, {config.calibration:g}, {config.test:g}, seed "
         f"{config.seed}",
         "test texts": f"sha256 {test_digest(parts)}",
@@ -410,6 +386,18 @@ def _notes(found: Fitting, rule: Rule) -> tuple[str, ...]:
     if not rule_has_limits(rule):
         said.append("no training text has a token that counts to tell attention sinks by")
     return (*said, *(f"layer {n}: {text}" for n, text in found.encoder.mismatches.items() if text))
+
+
+def _left_out(found: Fitting, fits: Mapping[int, Fit]) -> list[str]:
+    """The K that were to be tried and need more features than there are."""
+    said = []
+    for number, one in fits.items():
+        tried = {candidate.count for candidate in one.candidates if candidate.rule.layers == (one.layer,)}
+        missing = [str(k) for k in sorted(set(found.config.settings().counts) - tried)]
+        if missing:
+            of = found.data.names[number]
+            said.append(f"K={', '.join(missing)} not tried: layer {one.layer} has fewer features that speak for {of!r}")
+    return said
 
 
 def rule_has_limits(rule: Rule) -> bool:

@@ -224,7 +224,7 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    return str(value).strip().encode("utf-8", "replace").decode()  # "?" for a lone surrogate, which no file can hold
 
 
 def _classes(labels: list[str], field: str, positive: str | None, multiclass: bool) -> tuple[str, ...]:
@@ -235,6 +235,11 @@ def _classes(labels: list[str], field: str, positive: str | None, multiclass: bo
         raise InputError(
             f"All {len(labels)} texts have the label {found[0]!r} (field {field!r}); a classifier needs texts of at "
             "least two classes. Add texts of another class, or name another field with --label-field."
+        )
+    if multiclass and len(found) == 2:
+        raise InputError(
+            f"--multiclass was given, and the field {field!r} holds two labels: {shown}. Leave --multiclass out; "
+            f"--positive {found[1]} or --positive {found[0]} says which is looked for."
         )
     if multiclass:
         return tuple(found)

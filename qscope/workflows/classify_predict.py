@@ -121,9 +121,7 @@ def run(config: ClassifyPredictConfig) -> ClassifyPredictResult:
 def read_items(files: Sequence[str], text_field: str, copy: Sequence[str]) -> tuple[list[Item], RecordCounts]:
     """Rows of all files, those without text included. Raises InputError for unknown fields."""
     maker, counts, found = text_maker(text_field), RecordCounts(), []
-    taken = {"row", "file", "class", "positive", "score", "scores", "evidence", "tokens", "truncated"} & set(copy)
-    if taken:
-        raise InputError(f"--copy {min(taken)} has the name of a field of the output. Rename it in the input.")
+    check_copy(copy)
     for name in files:
         path = Path(name)
         records = read_records(path, counts)
@@ -134,6 +132,13 @@ def read_items(files: Sequence[str], text_field: str, copy: Sequence[str]) -> tu
             head |= {field: plain(record.fields.get(field)) for field in copy}
             found.append(Item(head, require(path, record, maker)))
     return found, counts
+
+
+def check_copy(copy: Sequence[str]) -> None:
+    """Raises InputError for fields that the output of predict or stream has already."""
+    ours = {"row", "file", "line", "error", "class", "positive", "score", "scores", "evidence", "tokens", "truncated"}
+    if taken := ours & set(copy):
+        raise InputError(f"--copy {min(taken)} has the name of a field of the output. Rename it in the input.")
 
 
 def plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from qscope.workflows.text_features import TokenTexts, windows_of
 Membership = Literal["topk", "preact"]
 BLOCK_TOKENS = 16_384  # at most so many tokens are lost when a run is killed
 AROUND = 8  # tokens shown on either side of one
+NORM_TOKENS = 4096  # of the training texts, whose median norm tells what an attention sink is
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,12 @@ def norm_limits(encoder: Encoder, texts: TokenTexts, layers: Sequence[int]) -> d
         usable = values[keep & np.isfinite(values)]
         found[layer] = float(EXTREME_FACTOR * np.median(usable)) if len(usable) else float("inf")
     return found
+
+
+def train_limits(encoder: Encoder, texts: TokenTexts, train: Ints, layers: Sequence[int]) -> dict[int, float]:
+    """`norm_limits` of the first training texts. train: their places in `texts`."""
+    ends = np.cumsum(texts.lengths[train])
+    return norm_limits(encoder, texts.rows(train[: int(np.searchsorted(ends, NORM_TOKENS)) + 1]), layers)
 
 
 def block_rows(lengths: Ints) -> list[slice]:

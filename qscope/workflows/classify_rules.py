@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 
 from qscope import embedded
-from qscope.classification.rule import FeatureRule, MulticlassRule, Rule, largest_firing
+from qscope.classification.rule import FeatureRule, MulticlassRule, Rule, RuleSAE, Source, largest_firing
 from qscope.errors import InputError
 from qscope.finding.pooled import Floats, Ints
 from qscope.workflows.classify_read import Block, read_block, token_text
 from qscope.workflows.encode import EncodeConfig
 from qscope.workflows.encoder import Encoder, load_encoder
-from qscope.workflows.text_features import TokenTexts, tokenize_texts
+from qscope.workflows.text_features import TokenTexts, Truncate, tokenize_texts
 
 Dtype = Literal["rule", "auto", "bfloat16", "float16", "float32"]
 Show = Literal["fired", "all", "none"]
@@ -46,13 +46,53 @@ def class_names(rule: Rule) -> tuple[str, ...]:
 
 
 def limits(rule: Rule) -> dict[int, float]:
-    """Layer -> residual norm above which tokens do not count, as the rule says."""
+    """Layer -> residual norm above which tokens do not count, as the rule says. InputError for what is no norm."""
     found: dict[int, float] = {}
     for part in of_rules(rule):
         for name, value in (part.chosen.details if part.chosen else {}).items():
             if name.startswith(LIMIT):
-                found[int(name.removeprefix(LIMIT))] = float(value)
+                try:
+                    layer, norm = int(name.removeprefix(LIMIT)), float(value)
+                except ValueError:
+                    layer, norm = -1, np.nan
+                if not norm > 0:
+                    raise InputError(
+                        f"The rule's detail {name!r} is {value!r}; a layer and a number above 0 are expected. Give the "
+                        "rule as `qscope classify fit` wrote it."
+                    )
+                found[layer] = norm
     return found
+
+
+def limit_details(found: Mapping[int, float]) -> dict[str, str]:
+    """What `limits` reads. found: layer -> norm, infinite where no token told one."""
+    return {f"{LIMIT}{layer}": repr(norm) for layer, norm in sorted(found.items()) if np.isfinite(norm)}
+
+
+def source_of(encoder: Encoder, model: str | None, sae: Sequence[str], context_size: int, truncate: Truncate) -> Source:
+    """What a rule was made with, so that `encoder_for` finds it again.
+
+    model, sae: names as they were given; none: the embedded ones.
+    """
+    names = tuple(sae) or (embedded.SAES,)
+    each = names * len(encoder.saes) if len(names) == 1 else names
+    saes = zip(encoder.saes.items(), each, strict=True)
+    return Source(
+        model=model or embedded.DEFAULT_MODEL_NAME,
+        model_sha256=encoder.model_sha256,
+        tokenizer_sha256=encoder.tokenizer_sha256,
+        saes=tuple(
+            sorted(
+                (RuleSAE(layer, found.weight_hash(), found.d_sae, found.k, name) for (layer, found), name in saes),
+                key=lambda found: found.layer,
+            )
+        ),
+        context_size=context_size,
+        truncate=truncate,
+        bos=encoder.bos is not None,
+        dtype=encoder.dtype,
+        precision=encoder.precision,
+    )
 
 
 def with_details(rule: FeatureRule, details: Mapping[str, str]) -> FeatureRule:
@@ -150,27 +190,34 @@ def encoder_for(rule: Rule, options: ModelOptions) -> Encoder:
             f"The rule does not say where the SAE of layer {layers[names.index('')]} is found. Name it with --sae."
         )
     model = options.model or (None if source.model == embedded.DEFAULT_MODEL_NAME else source.model)
+    ks = {source.sae(layer).k for layer in layers}
     encoder = load_encoder(
         EncodeConfig(
-            text=(), model=model, sae=names, layers=layers, k=source.sae(layers[0]).k,
-            context_size=source.context_size, bos=source.bos, precision=_precision(source.precision),
-            dtype=_dtype(source.dtype if options.dtype == "rule" else options.dtype), device=options.device,
+            text=(), model=model, sae=names, layers=layers, k=ks.pop() if len(ks) == 1 else None,  # else by their cards
+            context_size=source.context_size, bos=source.bos, precision=known_precision(source.precision),
+            dtype=known_dtype(source.dtype if options.dtype == "rule" else options.dtype), device=options.device,
             batch_tokens=options.batch_tokens, allow_mismatch=True,
         )
     )  # fmt: skip
     source.check_model(encoder.model_name, encoder.model_sha256, encoder.tokenizer_sha256)
     for layer, sae in encoder.saes.items():
         source.check_sae(layer, sae.weight_hash())
+        said = source.sae(layer)
+        if (said.d_sae, said.k) != (sae.d_sae, sae.k):
+            raise InputError(
+                f"The rule says that the SAE of layer {layer} has {said.d_sae} features of which {said.k} are active, "
+                f"and it has {sae.d_sae} and {sae.k}. Give the rule as `qscope classify fit` wrote it."
+            )
     return encoder
 
 
-def _precision(name: str) -> Any:
+def known_precision(name: str) -> Any:
     if name not in ("exact", "bf16"):
         raise InputError(f"The rule was fitted with the precision {name!r}; 'exact' and 'bf16' are known.")
     return name
 
 
-def _dtype(name: str) -> Any:
+def known_dtype(name: str) -> Any:
     if name not in ("auto", "bfloat16", "float16", "float32"):
         raise InputError(f"The rule was fitted with the dtype {name!r}; bfloat16, float16 and float32 are known.")
     return name

@@ -16,7 +16,7 @@ from qscope.errors import InputError
 from qscope.records import Record
 from qscope.workflows.classify_inputs import text_maker
 from qscope.workflows.classify_output import line
-from qscope.workflows.classify_predict import plain
+from qscope.workflows.classify_predict import check_copy, plain
 from qscope.workflows.classify_predict_result import ClassifyPredictResult
 from qscope.workflows.classify_rules import Classifier, Dtype, ModelOptions, Show, class_names, differs, said_of
 
@@ -62,6 +62,7 @@ class ClassifyStreamConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
         if self.format == "text" and (self.copy or self.text_field != "text"):
             raise InputError("--copy and --text-field name fields of objects. Say --format jsonl with them.")
+        check_copy(self.copy)
 
 
 def run(

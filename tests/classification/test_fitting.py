@@ -324,7 +324,13 @@ def test_what_cannot_be_fitted():
         with pytest.raises(InputError, match=message):
             FitSettings(**change)
     with pytest.raises(InputError, match="K=150 was asked for, and layer 4 has"):
-        fit(data, FitSettings(counts=(1, 150)))
+        fit(data, FitSettings(counts=(1, 150)), count=150)
+    with pytest.raises(InputError, match="K=150 was asked for, and layer 4 has"):
+        fit(data, FitSettings(counts=(150, 200)))
+    # one of several to try is left out
+    assert {c.count for c in fit(data, FitSettings(counts=(1, 150))).candidates} == {1}
+    with pytest.raises(InputError, match="must add up to 1"):
+        make_split(["a", "b"], np.array([0, 1]), shares=(float("nan"), 0.2, 0.2))
     with pytest.raises(InputError, match="Layer 7 was asked for"):
         fit(data, layer=7)
     with pytest.raises(InputError, match="K=3 was asked for"):

@@ -17,13 +17,15 @@ from qscope.errors import InputError, StoreError
 from qscope.finding.pooled import pool
 from qscope.report.classify_evaluate_page import page
 from qscope.report.classify_evaluate_text import render
-from qscope.workflows import classify_evaluate
-from qscope.workflows.classify_evaluate import ClassifyEvaluateConfig
+from qscope.workflows import classify_evaluate, classify_predict
+from qscope.workflows.classify_evaluate import ClassifyEvaluateConfig, as_fitted
 from qscope.workflows.classify_evaluate_methods import CHARACTERS, Data, Entry, RandomRules, reliability
 from qscope.workflows.classify_evaluate_result import plain
 from qscope.workflows.classify_evaluate_rule import Rules
 from qscope.workflows.classify_evaluate_table import layer_lines, losses, table, verdict
 from qscope.workflows.classify_inputs import LabelFacts, Labelled, text_hash
+from qscope.workflows.classify_predict import ClassifyPredictConfig
+from qscope.workflows.classify_rules import limits
 from qscope.workflows.classify_split import read_parts
 from qscope.workflows.encode import EncodeConfig
 from qscope.workflows.encoder import load_encoder
@@ -206,6 +208,27 @@ def test_several_classes(config, folder):
     assert "Confusion" in page(found)
 
 
+def test_the_rule_that_was_written_is_one_that_predict_takes_as_it_is(config, result, held_out, tmp_path):
+    """Model, SAEs and attention sinks are in it; its figures on the test texts are those of the table."""
+    texts, positive = held_out
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rule = load_rule(config.out / "rule.json")
+    assert set(limits(rule)) == set(rule.layers)
+    predicted = ClassifyPredictConfig(config.out / "rule.json", (str(file),), out=tmp_path / "out.jsonl", device="cpu")
+    classify_predict.run(predicted)
+    said = np.array([json.loads(line)["positive"] for line in (tmp_path / "out.jsonl").read_text().splitlines()])
+    assert (said == positive).mean() == pytest.approx(result.rows[0].figures["accuracy"].value, abs=1e-12)
+
+
+def test_a_rule_is_read_with_its_own_bos_and_precision_whatever_the_options_say(config, result):
+    rule = load_rule(config.out / "rule.json")
+    rule = replace(rule, source=replace(rule.source, bos=True, precision="bf16", dtype="bfloat16"))
+    asked = as_fitted(replace(config, bos=False, precision="exact", dtype="auto"), rule)
+    assert (asked.bos, asked.precision, asked.dtype) == (True, "bf16", "bfloat16")
+    assert as_fitted(replace(config, dtype="float32"), rule).dtype == "float32"
+
+
 def test_the_same_run_gives_the_same(config, folder):
     """The second reads nothing anew: its chunks are there."""
     quick = replace(
@@ -229,7 +252,9 @@ def test_what_is_refused(config, folder, tmp_path):
     with pytest.raises(StoreError, match="not a classifier evaluation"):
         classify_evaluate.run(replace(config, out=tmp_path))
     with pytest.raises(InputError, match="--multiclass makes every label a class"):
-        classify_evaluate.run(replace(config, multiclass=True, rule=folder / "out" / "rule.json"))
+        several = (str(folder / "several.jsonl"),)
+        binary = folder / "out" / "rule.json"
+        classify_evaluate.run(replace(config, texts=several, group_field=None, multiclass=True, rule=binary))
 
 
 # --- what is said, for known predictions -------------------------------------------------------------------

@@ -198,6 +198,8 @@ def test_the_page_and_the_json_hold_the_rule(config, tmp_path):
 def test_what_is_refused(config, tmp_path):
     with pytest.raises(InputError, match="--max-fpr"):
         replace(config, membership="preact")
+    with pytest.raises(InputError, match=r"--calibration is nan"):
+        replace(config, calibration=float("nan"))
     with pytest.raises(InputError, match=r"--calibration is 0.5"):
         replace(config, calibration=0.5, test=0.5)
     with pytest.raises(InputError, match="--multi-layer"):
@@ -208,3 +210,5 @@ def test_what_is_refused(config, tmp_path):
         run(replace(config, texts=(str(few),)))
     with pytest.raises(InputError, match="K=500 was asked for"):
         run(replace(config, count=500, sensitivity=False))
+    notes = run(replace(config, counts=(1, 500), sensitivity=False)).notes
+    assert any(note.startswith("K=500 not tried: layer ") for note in notes)

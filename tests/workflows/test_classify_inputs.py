@@ -109,3 +109,16 @@ def test_a_larger_sample_holds_a_smaller_one(tmp_path):
     places = [int(text[1:]) for text in large.texts]
     assert places == sorted(places) and np.array_equal(large.label, np.array(places) % 2)
     assert set(read_labelled([file], max_texts=20, seed=4).texts) != set(small.texts)
+
+
+def test_two_labels_with_multiclass_are_refused(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(json.dumps({"text": f"t{i}", "label": "ab"[i % 2]}) + "\n" for i in range(4)))
+    with pytest.raises(InputError, match=r"holds two labels: a, b\. Leave --multiclass out; --positive b"):
+        read_labelled([file], multiclass=True)
+
+
+def test_a_label_that_no_file_can_hold_is_written_with_a_mark(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(json.dumps({"text": f"t{i}", "label": ["a\ud800", "b"][i % 2]}) + "\n" for i in range(4)))
+    assert read_labelled([file], positive="b").names == ("a?", "b")

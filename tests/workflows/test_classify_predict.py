@@ -301,3 +301,47 @@ def test_serve_check_refuses_topk_membership(world, setting):
 
 def test_copied_fields_are_plain_json():
     assert classify_predict.plain({"a": float("nan"), "b": Path("x")}) == {"a": None, "b": "x"}
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({f"{LIMIT}0": "many"}, "a layer and a number above 0"),
+        ({f"{LIMIT}0": "nan"}, "a layer and a number above 0"),
+        ({f"{LIMIT}x": "3.0"}, "a layer and a number above 0"),
+    ],
+)
+def test_a_rule_with_a_damaged_norm_limit_is_refused(world, setting, details, message):
+    rule = make_rule(world, "topk")
+    with pytest.raises(InputError, match=message):
+        run(setting(replace(rule, chosen=replace(rule.chosen, details=details))))
+
+
+def test_a_rule_for_a_larger_sae_than_its_hash_is_refused(world, setting):
+    rule = make_rule(world, "topk")
+    source = replace(rule.source, saes=tuple(replace(sae, d_sae=1000) for sae in rule.source.saes))
+    clauses = (replace(rule.clauses[0], feature=600), *rule.clauses[1:])
+    with pytest.raises(InputError, match="has 1000 features of which 8 are active, and it has 512 and 8"):
+        run(setting(replace(rule, clauses=clauses, source=source)))
+
+
+def test_layers_may_differ_in_k(world, setting, tmp_path):
+    """Each SAE's card says its own; one number for all was refused."""
+    rule = make_rule(world, "topk")
+    few = SAE.from_pretrained(rule.source.sae(0).source)
+    few.k = 4
+    few.save(tmp_path / "k4")
+    changed = RuleSAE(0, few.weight_hash(), 512, 4, str(tmp_path / "k4"))
+    rule = replace(rule, source=replace(rule.source, saes=(changed, rule.source.sae(2))))
+    assert run(setting(rule)).texts == len(world[0])
+
+
+def test_classes_of_one_name_are_refused(world):
+    with pytest.raises(InputError, match="each needs a name of its own"):
+        make_rule(world, "topk", classes=("a", "a"))
+
+
+def test_fields_of_the_output_are_not_overwritten_by_copies(tmp_path):
+    for name in ("line", "class", "error"):
+        with pytest.raises(InputError, match=f"--copy {name} has the name of a field"):
+            ClassifyStreamConfig(tmp_path / "rule.json", format="jsonl", copy=(name,))
