@@ -119,6 +119,12 @@ COMMANDS = {
         "qscope.report.explain_text:render",
         page="qscope.report.explain_page:write",
     ),
+    "synthesize": Command(
+        "examples for features that a data set misses, each verified by encoding it again",
+        "qscope.workflows.synthesize:SynthesizeConfig",
+        "qscope.report.synthesize_text:render",
+        page="qscope.report.synthesize_page:write",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",
