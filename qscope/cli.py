@@ -125,6 +125,12 @@ COMMANDS = {
         "qscope.report.synthesize_text:render",
         page="qscope.report.synthesize_page:write",
     ),
+    "rl": Command(
+        "GRPO against endless repetition with steered rare negatives, beside its controls",
+        "qscope.workflows.rl:RLConfig",
+        "qscope.report.rl_text:render",
+        page="qscope.report.rl_page:write",
+    ),
     "bench": Command(
         "time the operators beside their peers on this machine, each result checked first",
         "qscope.workflows.bench:BenchConfig",
