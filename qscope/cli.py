@@ -125,6 +125,12 @@ COMMANDS = {
         "qscope.report.synthesize_text:render",
         page="qscope.report.synthesize_page:write",
     ),
+    "sft": Command(
+        "fine-tuning that keeps features of another language quiet, beside its controls",
+        "qscope.workflows.sft:SFTConfig",
+        "qscope.report.sft_text:render",
+        page="qscope.report.sft_page:write",
+    ),
     "rl": Command(
         "GRPO against endless repetition with steered rare negatives, beside its controls",
         "qscope.workflows.rl:RLConfig",
