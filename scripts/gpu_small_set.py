@@ -37,6 +37,7 @@ def operators(matmul: bool, device: str = "cuda") -> dict[str, Callable[[], obje
     contexts = torch.full((F, 5), -torch.inf, device=device), torch.full((F, 5), -1, device=device)
     settings = torch.rand(S, 8, generator=gen).to(device)
     readers, gates, directions = normal(S, D), normal(S, D), normal(S, D)
+    alpha, group = normal(3, S), torch.randint(-1, 3, (N,), generator=gen).to(device)
     found: dict[str, Callable[[], object]] = {
         "topk_select bfloat16": lambda: ops.topk_select(scores, K),
         "topk_select float32": lambda: ops.topk_select(scores.float(), K),
@@ -49,6 +50,7 @@ def operators(matmul: bool, device: str = "cuda") -> dict[str, Callable[[], obje
         "row_adam_": lambda: ops.row_adam_(
             rows["W"], rows["grad"], *moments, last, touched, 1, 1e-3, unit_rows=True, shadow=W.clone()
         ),
+        "feature_penalty": lambda: ops.feature_penalty(x, readers, settings[:, 0], alpha, group),
         "feature_stats_": lambda: ops.feature_stats_(acts, ids, *statistics, None, *contexts),
         "steer_add_": lambda: ops.steer_add_(x.clone(), directions, settings),
         "steer_add_ gated": lambda: ops.steer_add_(x.clone(), directions, settings, readers, gates),

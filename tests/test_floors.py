@@ -22,6 +22,7 @@ FLOORS = [
     ("qscope.data", 3),
     ("qscope.store", 3),  # and store_format, store_writer, store_export
     ("qscope.corpus", 3),  # and corpus_debian, corpus_labelled
+    ("qscope.journal", 3),
     ("qscope.records", 3),
     ("qscope.endpoint", 2.9),
     ("qscope.question_sets", 3),

@@ -36,6 +36,7 @@ OPERATORS = (
     "row_adam_",
     "steer_add_",
     "feature_stats_",
+    "feature_penalty",
 )
 # Kernels in CUDA C++; where nvcc is missing Triton kernels of the same meaning run instead.
 _CUDA_ONLY = {"topk_encode_certified", "topk_encode_packed", "pack_encoder"}  # the reference, without nvcc

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from qscope._version import __version__
 from qscope.errors import InputError
 from qscope.files import write_file
+from qscope.journal import Journal
 from qscope.model import tokenizer_hash
 from qscope.post_training import rewards as reward_names
 from qscope.post_training.mining import LayerRises, causal_check, rises, steering_spec
@@ -29,7 +30,6 @@ from qscope.workflows.encoder import Encoder, load_encoder
 from qscope.workflows.rl_arms import Arm, Material, Settings
 from qscope.workflows.rl_result import BEFORE, Mined, RLResult, lines, plain, verdicts
 from qscope.workflows.steer_eval_inputs import digest, read_texts
-from qscope.workflows.steer_eval_journal import Journal
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def run(config: RLConfig) -> RLResult:
     for name in config.rewards:  # refused before anything is sampled
         reward_names.parse(name, end_tokens(encoder.model, encoder.tokenizer), config.thresholds)
     job = _Job(config, encoder, *texts)
-    with Journal(config.out, job.options()) as journal:
+    with Journal(config.out, job.options(), "folder of `qscope rl`") as journal:
         return job.run(journal)
 
 

@@ -20,6 +20,7 @@ from qscope import detectors, embedded
 from qscope._version import __version__
 from qscope.errors import InputError
 from qscope.files import write_file
+from qscope.journal import Journal
 from qscope.model import load_model, model_hash, residual_width
 from qscope.sae import SAE
 from qscope.steering import SteeringSpec, steer
@@ -27,7 +28,6 @@ from qscope.workflows import steer_eval_arms as arms
 from qscope.workflows import steer_eval_baselines as baselines
 from qscope.workflows import steer_eval_inputs as inputs
 from qscope.workflows import steer_eval_result as results
-from qscope.workflows.steer_eval_journal import Journal
 from qscope.workflows.steer_eval_matching import matched, resamples, strengths_for, verdict
 from qscope.workflows.steer_eval_runner import NEUTRAL_ROWS, Runner, residual_sample
 
@@ -158,7 +158,7 @@ def run(config: SteerEvalConfig) -> results.SteerEvalResult:
     options["computed"] = f"{model.device.type} {model.dtype}"
     from tqdm import tqdm
 
-    with Journal(config.out, options) as journal:
+    with Journal(config.out, options, "steering evaluation") as journal:
         with tqdm(unit="tok", unit_scale=True, desc="steer eval", dynamic_ncols=True, mininterval=0.5) as bar:
             runner = Runner(
                 model, tokenizer, loaded.saes, journal, loaded.prompts, neutral, loaded.questions, loaded.detector,

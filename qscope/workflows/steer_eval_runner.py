@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qscope.detectors import Detector
+from qscope.journal import Journal
 from qscope.sae import SAE
 from qscope.steering import Steering, steer
 from qscope.workflows.steer_eval_arms import UNSTEERED, Point
-from qscope.workflows.steer_eval_journal import Journal
 from qscope.workflows.steer_eval_measures import Question, choose, divergence, generate, halfway, log_probs
 from qscope.workflows.steer_eval_result import Raw
 

@@ -103,7 +103,7 @@ class Loop:
         for rows in batches:
             state.apply(rows)
         while plan := self.plan(state):
-            rows = self.journal.put(FEATURE, self._feature_batch(plan, state, len(batches)))
+            rows = self.journal.add(FEATURE, self._feature_batch(plan, state, len(batches)))
             state.apply(rows)
             batches.append(rows)
         return [row for rows in batches for row in rows]
@@ -205,7 +205,7 @@ class Loop:
             for row in rows:
                 if row["verdict"] == "kept":
                     near.add(row["text"], row["features"])
-            batches.append(self.journal.put(RANDOM, rows))
+            batches.append(self.journal.add(RANDOM, rows))
             done += len(rows)
         return [row for rows in batches for row in rows]
 

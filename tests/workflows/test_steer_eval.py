@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from qscope.detectors import parse
 from qscope.errors import InputError, StoreError
+from qscope.journal import Journal
 from qscope.model import load_model
 from qscope.report.steer_eval_page import page
 from qscope.report.steer_eval_text import render
@@ -20,7 +21,6 @@ from qscope.workflows import steer_eval
 from qscope.workflows.steer_eval import SteerEvalConfig
 from qscope.workflows.steer_eval_arms import Point
 from qscope.workflows.steer_eval_baselines import random_directions
-from qscope.workflows.steer_eval_journal import Journal
 from qscope.workflows.steer_eval_measures import Question
 from qscope.workflows.steer_eval_runner import Runner
 
@@ -167,7 +167,7 @@ def test_the_second_half_of_a_neutral_text_counts_as_generated(neutral, tmp_path
                 yield steering
                 marked.append(steering.fired[..., 0])
 
-    with Journal(tmp_path / "run", {}) as journal, tqdm(disable=True) as bar:
+    with Journal(tmp_path / "run", {}, "steering evaluation") as journal, tqdm(disable=True) as bar:
         _, tokenizer = load_model(model.name_or_path, device="cpu", dtype="float32")
         question = [Question("It is", ("a name", "an object"), 0)]
         runner = Marking(model, tokenizer, {}, journal, [], ids, question, parse("regex:a"), 1, 1, False, bar)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qscope.errors import InputError, StoreError
+from qscope.journal import Journal
 from qscope.model import load_model
 from qscope.workflows import steer_eval_baselines as baselines
 from qscope.workflows import steer_eval_inputs as inputs
-from qscope.workflows.steer_eval_journal import Journal
 from qscope.workflows.steer_eval_measures import (
     Question,
     choice_scores,
@@ -217,19 +217,19 @@ def test_neutral_texts_are_the_first_tokens_of_long_documents(loaded, tmp_path):
 
 
 def test_the_journal_keeps_whole_lines_and_cuts_off_a_torn_one(tmp_path):
-    with Journal(tmp_path / "run", {"a": 1}) as journal:
+    with Journal(tmp_path / "run", {"a": 1}, "steering evaluation") as journal:
         journal.put("x", 0, value=[1.5])
         with pytest.raises(StoreError, match="another process"):
-            Journal(tmp_path / "run", {"a": 1})
+            Journal(tmp_path / "run", {"a": 1}, "steering evaluation")
     path = tmp_path / "run" / "journal.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"key": ["y"], "val')
-    with Journal(tmp_path / "run", {"a": 1}) as journal:
+    with Journal(tmp_path / "run", {"a": 1}, "steering evaluation") as journal:
         assert journal.get("x", 0) == [1.5] and journal.get("y") is None
         journal.put("y", value=2)
     assert path.read_bytes() == whole + b'{"key": ["y"], "value": 2}\n'
     with pytest.raises(StoreError, match=r"other options: a: 1 -> 2"):
-        Journal(tmp_path / "run", {"a": 2})
+        Journal(tmp_path / "run", {"a": 2}, "steering evaluation")
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(StoreError, match="damaged in line 1"):
-        Journal(tmp_path / "run", {"a": 1})
+        Journal(tmp_path / "run", {"a": 1}, "steering evaluation")

@@ -124,7 +124,7 @@ def found(world):
 
 def journal(folder, arm):
     rows = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return [row for batch in rows if batch["arm"] == arm for row in batch["rows"]]
+    return [row for batch in rows if batch["key"][0] == arm for row in batch["value"]]
 
 
 def test_what_is_kept_fires_its_target_and_fakes_are_rejected(world, found):

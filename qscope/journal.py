@@ -1,4 +1,4 @@
-"""What a steering evaluation has finished so far: a folder with its options and a journal, a JSON object a line.
+"""What a run has finished so far: a folder with its options and a journal, a JSON object a line.
 
 options.json    what the run was asked; another run in the same folder must be asked the same
 journal.jsonl   each finished piece: generations of a batch, scores of a detector, side effects of a batch
@@ -19,9 +19,10 @@ _TEMPORARY = re.compile(r"\.tmp-.*|\..*\.part")
 class Journal:
     """Finished pieces by key. A line is on the disk before the next piece is begun."""
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        """Raises StoreError where the folder holds something else, or a run that was asked something else."""
-        claim_folder(folder, OPTIONS, _TEMPORARY, "steering evaluation")
+    def __init__(self, folder: Path, options: dict[str, Any], what: str) -> None:
+        """Raises StoreError where the folder is no `what`, or one that was asked something else."""
+        claim_folder(folder, OPTIONS, _TEMPORARY, what)
+        self._what = what
         self._lock = acquire_lock(folder)
         self.path = folder / JOURNAL
         self.pieces: dict[tuple[Any, ...], Any] = {}
@@ -49,7 +50,7 @@ class Journal:
         changed = differences(before, options)
         if changed:
             raise StoreError(
-                f"{path.parent} holds an evaluation with other options: {'; '.join(changed[:5])}. Give the same "
+                f"{path.parent} holds a {self._what} with other options: {'; '.join(changed[:5])}. Give the same "
                 "options to go on with it, or another --out."
             )
 
