@@ -159,7 +159,7 @@ def evaluate(name: str, path: Path, work: Path, out: Path, layers: tuple[int, ..
 def report(path: Path, text: str, work: Path) -> None:
     """Printed, and kept without the paths of this machine."""
     print(text, flush=True)
-    path.write_text(text.replace(str(work), "WORK") + "\n", encoding="utf-8")
+    path.write_text(text.replace(str(work), "WORK").replace(str(path.parent), "OUT") + "\n", encoding="utf-8")
 
 
 def main() -> None:
