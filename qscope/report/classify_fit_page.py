@@ -46,7 +46,7 @@ def write(result: ClassifyFitResult) -> list[Path]:
 
 def page(result: ClassifyFitResult) -> str:
     """The page as HTML."""
-    return fill("classify_fit_page.html", _body(result))
+    return fill("steer_find_page.html", _body(result), "qscope: a rule to classify by")
 
 
 def _body(result: ClassifyFitResult) -> str:

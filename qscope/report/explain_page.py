@@ -38,7 +38,7 @@ def write(result: ExplainResult) -> Path | None:
 
 def page(result: ExplainResult) -> str:
     """The page as HTML."""
-    return fill("explain_page.html", _body(result))
+    return fill("steer_find_page.html", _body(result), "qscope: features explained")
 
 
 def _body(result: ExplainResult) -> str:

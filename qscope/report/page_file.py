@@ -11,9 +11,14 @@ from pathlib import Path
 from qscope.errors import StorageError
 
 
-def fill(template: str, body: str) -> str:
-    """The page `template` of this package with its body; its policy allows the style by its hash, and no script."""
+def fill(template: str, body: str, title: str | None = None) -> str:
+    """The page `template` of this package with its body; its policy allows the style by its hash, and no script.
+
+    title: plain text in place of the template's own, for pages that look alike.
+    """
     text = resources.files("qscope.report").joinpath(template).read_text(encoding="utf-8")
+    if title is not None:
+        text = re.sub("<title>.*?</title>", lambda _: f"<title>{title}</title>", text, count=1)
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return text.replace("@@STYLE_HASH@@", f"sha256-{digest}").replace("@@BODY@@", body)

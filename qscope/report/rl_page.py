@@ -51,7 +51,7 @@ def page(result: RLResult) -> str:
         f'<section><h2>Formulas</h2><dl class="formulas">{formulas}</dl></section>'
         f"<footer>Made by qscope {__version__}.</footer>"
     )
-    return fill("rl_page.html", body)
+    return fill("steer_find_page.html", body, "qscope: reinforcement learning against repetition")
 
 
 def _arms(result: RLResult) -> str:

@@ -40,7 +40,7 @@ def write(result: SFTResult) -> Path:
 
 def page(result: SFTResult) -> str:
     """The page as HTML."""
-    return fill("sft_page.html", _body(result))
+    return fill("steer_eval_page.html", _body(result), "qscope SFT")
 
 
 def _body(result: SFTResult) -> str:

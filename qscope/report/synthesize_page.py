@@ -34,7 +34,7 @@ def write(result: SynthesizeResult) -> Path | None:
 
 def page(result: SynthesizeResult) -> str:
     """The page as HTML."""
-    return fill("synthesize_page.html", _body(result))
+    return fill("coverage_page.html", _body(result), "qscope synthesize")
 
 
 def _body(result: SynthesizeResult) -> str:
@@ -47,7 +47,7 @@ def _body(result: SynthesizeResult) -> str:
         f'<header><h1><i class="mark"></i>Synthesis <span>{_safe(result.model)}</span></h1>'
         f'<p class="soft">{_safe(about)}</p>{notes}</header>'
         f"<section><h2>Coverage of {len(result.targets)} targets</h2>{_facts(result)}"
-        f'<div class="panels"><div class="panel wide"><h3>Coverage by budget</h3>{picture}</div></div></section>'
+        f'<div class="panels"><div class="panel wide narrow"><h3>Coverage by budget</h3>{picture}</div></div></section>'
         f'<section><h2>Yield</h2><div class="panels"><div class="panel wide">{_yields(result)}</div></div></section>'
         f"<section><h2>Targets</h2><details open><summary>Least support first</summary>{_targets(result)}</details>"
         f"</section><section><h2>Examples</h2>{_examples(result)}</section>"
