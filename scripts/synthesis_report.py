@@ -95,7 +95,7 @@ def offensive(texts: Sequence[str]) -> Labels:
 def added(work: Path, pool: Sequence[Labelled]) -> dict[str, Labels]:
     """What is added to the seed: every kind counts as offensive, which is what was asked for."""
     rows = [json.loads(line) for line in (work / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    attempts = {arm: [r for batch in rows if batch["arm"] == arm for r in batch["rows"]] for arm in _ARMS}
+    attempts = {arm: [r for batch in rows if batch["key"][0] == arm for r in batch["value"]] for arm in _ARMS}
     kept = [r["text"] for r in attempts["feature-driven"] if r["verdict"] == "kept"]
     return {
         "feature-driven": offensive(kept),
